@@ -1,0 +1,200 @@
+"""``IMPureConfig``: every number that fixes an IMPure network, and the table of named presets.
+
+The fields carry the field's usual names; ``from_official`` reads the option names of the authors' release.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import ConfigError
+
+NUM_STEPS = 1000  # length of the noise schedule
+MASKS = ("noise", "mask")
+FIXED_ORDER_CHUNKS = (2, 3, 4)  # chunk counts for which the authors define a fixed lattice
+
+# The authors' option names (left) for our fields (right), where they differ.
+_OFFICIAL = {
+    "img_size": "image_size",
+    "chunks": "num_chunks",
+    "img_mask": "image_mask",
+    "random_mask": "random_order",
+    "use_conv": "pixel_conv",
+}
+# The authors' options that belong to their losses and scripts, not to the network.
+_OFFICIAL_IGNORED = {"mask_chunks", "norm_pix_loss", "autoweight_loss", "in_chans"}
+
+
+@dataclass(frozen=True)
+class IMPureConfig:
+    """Shape and law of one IMPure network (defaults: the authors' released ViT-B/16).
+
+    image_size: half the side of the position table, in pixels; images up to twice this side fit.
+    patch_size: patch side in pixels.
+    embed_dim, depth, num_heads: encoder width, blocks, heads.
+    decoder_embed_dim, decoder_depth, decoder_num_heads: the same for the decoder.
+    mlp_ratio: hidden width of each block's MLP over its width.
+    num_chunks: K, the parts an image's patches are cut into; every part is rebuilt from the others.
+    out_indices: encoder blocks whose outputs are mixed into the latents.
+    image_mask, feature_mask: "noise" (released) or "mask": how the hidden chunk is disguised.
+    image_step, feature_step: noise steps in 0..999 of a purification; larger hides more.
+    image_step_range, feature_step_range: half-open ranges of the steps drawn in training.
+    random_order: permute the patches at random; False takes the authors' fixed lattice (K = 2, 3, 4).
+    pixel_conv: 3x3 convolution over the assembled image.
+    norm_eps: epsilon of every layer norm.
+    mean, std: normalisation of RGB images in [0, 1].
+    tile_size, tile_stride: larger pictures are purified in overlapping tiles (pixels).
+
+    Raises ConfigError, naming field and value, where the numbers do not fit together.
+    Source: SPEC sections 1, 2 and 4 of the released network; arXiv 2311.15339.
+    """
+
+    image_size: int = 224
+    patch_size: int = 16
+    embed_dim: int = 768
+    depth: int = 12
+    num_heads: int = 12
+    decoder_embed_dim: int = 512
+    decoder_depth: int = 8
+    decoder_num_heads: int = 16
+    mlp_ratio: float = 4.0
+    num_chunks: int = 4
+    out_indices: tuple[int, ...] = (0, 2, 4, 6, 8)
+    image_mask: str = "noise"
+    feature_mask: str = "noise"
+    image_step: int = 400
+    feature_step: int = 600
+    image_step_range: tuple[int, int] = (200, 600)
+    feature_step_range: tuple[int, int] = (200, 1000)
+    random_order: bool = True
+    pixel_conv: bool = True
+    norm_eps: float = 1e-6
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    tile_size: int = 448
+    tile_stride: int = 336
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):  # JSON gives lists
+            if isinstance(value := getattr(self, field.name), list):
+                object.__setattr__(self, field.name, tuple(value))
+        self._check()
+
+    def _check(self) -> None:
+        def need(ok: bool, field: str, wanted: str) -> None:
+            if not ok:
+                raise ConfigError(f"{field}={getattr(self, field)!r}: {wanted}.")
+
+        for name in ("image_size", "patch_size", "embed_dim", "num_heads", "decoder_embed_dim", "decoder_num_heads"):
+            value = getattr(self, name)
+            need(isinstance(value, int) and value > 0, name, "must be a positive integer")
+        for name in ("depth", "decoder_depth"):
+            value = getattr(self, name)
+            need(isinstance(value, int) and value > 0, name, "must be at least one block")
+        for width, heads in (("embed_dim", "num_heads"), ("decoder_embed_dim", "decoder_num_heads")):
+            w = getattr(self, width)
+            need(w % 4 == 0, width, "must be a multiple of 4 (sin-cos positions)")
+            need(w % getattr(self, heads) == 0, heads, f"must divide {width}={w}")
+        need(self.image_size % self.patch_size == 0, "patch_size", f"must divide image_size={self.image_size}")
+        need(self.mlp_ratio > 0, "mlp_ratio", "must be positive")
+        need(isinstance(self.num_chunks, int) and self.num_chunks >= 2, "num_chunks", "must be an integer of at least 2")
+        need(
+            len(set(self.out_indices)) == len(self.out_indices) and all(0 <= i < self.depth for i in self.out_indices),
+            "out_indices",
+            f"must be distinct blocks in 0..{self.depth - 1} (depth={self.depth})",
+        )
+        for name in ("image_mask", "feature_mask"):
+            need(getattr(self, name) in MASKS, name, 'must be "noise" or "mask"')
+        for name in ("image_step", "feature_step"):
+            step = getattr(self, name)
+            need(
+                isinstance(step, int) and 0 <= step < NUM_STEPS, name, f"must be an integer step in 0..{NUM_STEPS - 1}"
+            )
+        for name in ("image_step_range", "feature_step_range"):
+            pair = getattr(self, name)
+            ok = len(pair) == 2 and 0 <= pair[0] < pair[1] <= NUM_STEPS
+            need(ok, name, f"must be a half-open range of steps inside 0..{NUM_STEPS}")
+        need(
+            self.random_order or self.num_chunks in FIXED_ORDER_CHUNKS,
+            "num_chunks",
+            f"a fixed order exists only for {FIXED_ORDER_CHUNKS}; use random_order=True",
+        )
+        need(len(self.mean) == 3, "mean", "must hold three channels")
+        need(len(self.std) == 3 and min(self.std) > 0, "std", "must hold three positive channels")
+        need(
+            self.tile_size % self.patch_size == 0 and 0 < self.tile_size <= 2 * self.image_size,
+            "tile_size",
+            f"must be a multiple of patch_size={self.patch_size} of at most {2 * self.image_size} (twice image_size)",
+        )
+        tokens = (self.tile_size // self.patch_size) ** 2
+        need(
+            tokens % self.num_chunks == 0, "tile_size", f"gives {tokens} patches, no multiple of K={self.num_chunks}"
+        )
+        need(0 < self.tile_stride <= self.tile_size, "tile_stride", f"must be in 1..{self.tile_size} (tile_size)")
+
+    @property
+    def table_side(self) -> int:
+        """Side of the position tables in cells."""
+        return 2 * self.image_size // self.patch_size
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dictionary; ``from_dict`` gives an equal config."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> IMPureConfig:
+        """Config from a dictionary; unknown fields raise ConfigError naming them."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ConfigError(f"Unknown config fields {unknown}; known are {sorted(known)}.")
+        return cls(**values)
+
+    @classmethod
+    def from_official(cls, options: dict[str, Any]) -> IMPureConfig:
+        """Config from the option names of the authors' release (``chunks``, ``img_mask``, ...).
+
+        ``tile_size`` becomes the largest square that the position table covers and K divides.
+        ``pre_norm=False`` is refused: no released script uses it and its output is in mixed units.
+        """
+        if options.get("pre_norm", True) is not True:
+            raise ConfigError("pre_norm=False: only networks with input normalisation are supported.")
+        known = {field.name for field in dataclasses.fields(cls)}
+        values = {_OFFICIAL.get(key, key): value for key, value in options.items()}
+        values = {key: value for key, value in values.items() if key in known and key not in _OFFICIAL_IGNORED}
+        if "tile_size" not in values:
+            defaults = {field.name: field.default for field in dataclasses.fields(cls)}
+            patch, side, chunks = (values.get(k, defaults[k]) for k in ("patch_size", "image_size", "num_chunks"))
+            cells = next((g for g in range(2 * side // patch, 0, -1) if g * g % chunks == 0), 1)
+            values["tile_size"] = cells * patch
+            values["tile_stride"] = max(1, cells * 3 // 4) * patch
+        return cls.from_dict(values)
+
+
+_BASE = IMPureConfig()
+
+# 4-pixel patches in 64-pixel tiles: a context small enough for a CPU, for pictures of any size.
+_TINY = IMPureConfig(
+    image_size=64,
+    patch_size=4,
+    embed_dim=96,
+    depth=4,
+    num_heads=3,
+    decoder_embed_dim=64,
+    decoder_depth=2,
+    decoder_num_heads=2,
+    out_indices=(0, 1, 2),
+    image_step=130,
+    feature_step=160,
+    image_step_range=(32, 260),
+    feature_step_range=(40, 320),
+    tile_size=64,
+    tile_stride=48,
+)
+
+PRESETS: dict[str, IMPureConfig] = {
+    "impure_base_patch16_224": _BASE,
+    "impure_base_patch16_224_dec384": dataclasses.replace(_BASE, decoder_embed_dim=384, decoder_num_heads=12),
+    "impure_tiny": _TINY,
+}

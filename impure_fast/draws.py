@@ -1,0 +1,275 @@
+"""``Draws``: every random decision of one purification, made before the network runs.
+
+Numbers come from Philox4x32-10 (Salmon et al., SC 2011) with key = seed and counter =
+(element block, stream low, stream high, purpose), so image i with stream s gets the same numbers in
+every batch, order and device.  Four 32-bit words a counter; element e takes word e % 4 of block e // 4.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .config import FIXED_ORDER_CHUNKS, IMPureConfig
+from .errors import InputError
+
+_MASK32 = 0xFFFFFFFF
+_ROUNDS = 10
+
+# Last counter word: what a number is used for.
+POSITION, ORDER, IMAGE_STEP, IMAGE_NOISE, FEATURE_STEP, FEATURE_NOISE, MIX_ORDER, MIX_CHUNKS = range(8)
+
+
+def fresh_seed() -> int:
+    """A 63-bit seed from the operating system's entropy."""
+    return secrets.randbits(63)
+
+
+def philox(seed: int, streams: Tensor, purpose: int, count: int) -> Tensor:
+    """``count`` 32-bit words a stream, as int64 in [0, 2**32).  streams: [N] int64 -> [N, count]."""
+    blocks = torch.arange((count + 3) // 4, device=streams.device)
+    shape = (len(streams), len(blocks))
+    # int64 products wrap modulo 2**64, so a shift and a mask give the exact high word.
+    c0 = blocks.expand(shape)
+    c1 = (streams & _MASK32)[:, None].expand(shape)
+    c2 = ((streams >> 32) & _MASK32)[:, None].expand(shape)
+    c3 = torch.full(shape, purpose, dtype=torch.int64, device=streams.device)
+    k0, k1 = seed & _MASK32, (seed >> 32) & _MASK32
+    for _ in range(_ROUNDS):
+        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = ((p1 >> 32) & _MASK32) ^ c1 ^ k0, p1 & _MASK32, ((p0 >> 32) & _MASK32) ^ c3 ^ k1, p0 & _MASK32
+        k0, k1 = (k0 + 0x9E3779B9) & _MASK32, (k1 + 0xBB67AE85) & _MASK32
+    return torch.stack((c0, c1, c2, c3), dim=2).flatten(1)[:, :count]  # [N, count]
+
+
+def uniform(seed: int, streams: Tensor, purpose: int, count: int) -> Tensor:
+    """float32 multiples of 2**-24 in [0, 1), [N, count]."""
+    return (philox(seed, streams, purpose, count) >> 8).float() * 2.0**-24
+
+
+def integers(seed: int, streams: Tensor, purpose: int, count: int, low: int, high: int) -> Tensor:
+    """Integers in [low, high), [N, count] int64 (multiply-shift; bias below (high - low) / 2**32)."""
+    return low + ((philox(seed, streams, purpose, count) * (high - low)) >> 32)
+
+
+def normal(seed: int, streams: Tensor, purpose: int, count: int) -> Tensor:
+    """Standard normals, float32, [N, count]: Box-Muller on the words (0, 1) and (2, 3) of each block."""
+    u = uniform(seed, streams, purpose, 4 * ((count + 3) // 4)).view(len(streams), -1, 2)  # [N, pairs, 2]
+    radius = (-2 * torch.log1p(-u[..., 0])).sqrt()
+    angle = (2 * math.pi) * u[..., 1]
+    return torch.stack((radius * angle.cos(), radius * angle.sin()), dim=2).flatten(1)[:, :count]
+
+
+def _streams(streams: Tensor | Sequence[int] | None, n: int, device: torch.device | str | None) -> Tensor:
+    if streams is None:
+        return torch.arange(n, device=device)
+    streams = torch.as_tensor(streams, dtype=torch.int64, device=device)
+    if streams.shape != (n,):
+        raise InputError(f"streams has shape {tuple(streams.shape)}, but there are {n} images: give one number each.")
+    return streams
+
+
+def fixed_order(config: IMPureConfig, rows: int, cols: int, device: torch.device | str | None = None) -> Tensor:
+    """The authors' lattice as a permutation [L]: chunk k holds class k, in raster order (SPEC 2.5)."""
+    r = torch.arange(rows, device=device)[:, None]
+    c = torch.arange(cols, device=device)[None, :]
+    k = config.num_chunks
+    if k not in FIXED_ORDER_CHUNKS:
+        raise InputError(f"A fixed order exists only for K in {FIXED_ORDER_CHUNKS}, not for K={k}.")
+    classes = 2 * (r % 2) + c % 2 if k == 4 else (c - r) % k
+    counts = classes.flatten().bincount(minlength=k)
+    if len(set(counts.tolist())) != 1:
+        raise InputError(
+            f"A {rows}x{cols} patch grid does not fall into {k} equal classes; pad it or use random order."
+        )
+    return classes.flatten().argsort(stable=True)
+
+
+def grid_of(config: IMPureConfig, shape: Sequence[int]) -> tuple[int, int, int]:
+    """(rows, columns, tokens a chunk) of images [N, C, H, W]; raises InputError where they cannot be cut."""
+    p, k, side = config.patch_size, config.num_chunks, config.table_side
+    if len(shape) != 4 or shape[1] != 3:
+        raise InputError(f"images has shape {tuple(shape)}; wanted [N, 3, H, W].")
+    height, width = shape[2:]
+    if height % p or width % p or not height or not width:
+        raise InputError(f"An image of {height}x{width} does not divide into patches of {p}; use model.purify.")
+    rows, cols = height // p, width // p
+    if rows > side or cols > side:
+        raise InputError(f"An image of {height}x{width} is larger than the table of {side * p}; use model.purify.")
+    if rows * cols % k:
+        raise InputError(f"{rows}x{cols} patches cannot be cut into {k} equal chunks; use model.purify.")
+    return rows, cols, rows * cols // k
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The random decisions for N images of L tokens in K chunks of M tokens; E is the decoder width.
+
+    positions: [N, 2] int64, table cell (row, column) of each image's first patch.
+    order: [N, L] int64, raster position of each shuffled token (gathers raster to shuffled).
+    image_step: [N] int64; image_noise: [N, 3, H, W], or None unless image_mask is "noise".
+    feature_step: [N, K] int64; feature_noise: [N, K, M, E] in shuffled order, or None.
+
+    Law: SPEC section 3.  Nothing here touches a global generator.
+    """
+
+    shape: tuple[int, int, int, int]
+    positions: Tensor
+    order: Tensor
+    image_step: Tensor
+    feature_step: Tensor
+    image_noise: Tensor | None
+    feature_noise: Tensor | None
+
+    @property
+    def restore(self) -> Tensor:
+        """[N, L] int64, the inverse of ``order`` (gathers shuffled to raster)."""
+        return self.order.argsort(dim=1)
+
+    @classmethod
+    def sample(
+        cls,
+        config: IMPureConfig,
+        shape: Sequence[int],
+        seed: int | None,
+        streams: Tensor | Sequence[int] | None = None,
+        training: bool = False,
+        device: torch.device | str | None = None,
+    ) -> Draws:
+        """Draws for images of ``shape`` [N, 3, H, W].
+
+        seed: 64-bit key; None takes fresh entropy from the operating system.
+        streams: one integer an image (default 0..N-1); equal (seed, stream) gives equal draws.
+        training: also draw table positions and steps; otherwise they are the centre and the config's.
+        Raises InputError where the shape does not fit the config.
+        """
+        rows, cols, chunk = grid_of(config, shape)
+        n, tokens, k = shape[0], rows * cols, config.num_chunks
+        seed = fresh_seed() if seed is None else int(seed)
+        ids = _streams(streams, n, device)
+        if config.random_order:
+            order = uniform(seed, ids, ORDER, tokens).argsort(dim=1, stable=True)
+        else:
+            order = fixed_order(config, rows, cols, device).expand(n, tokens)
+        spare_rows, spare_cols = config.table_side - rows, config.table_side - cols
+        if training:
+            u = philox(seed, ids, POSITION, 2)
+            spare = torch.tensor([spare_rows + 1, spare_cols + 1], device=device)
+            positions = (u * spare) >> 32
+            image_step = integers(seed, ids, IMAGE_STEP, 1, *config.image_step_range)[:, 0]
+            feature_step = integers(seed, ids, FEATURE_STEP, k, *config.feature_step_range)
+        else:
+            positions = torch.tensor([(spare_rows + 1) // 2, (spare_cols + 1) // 2], device=device).expand(n, 2)
+            image_step = torch.full((n,), config.image_step, device=device)
+            feature_step = torch.full((n, k), config.feature_step, device=device)
+        image_noise = feature_noise = None
+        if config.image_mask == "noise":
+            image_noise = normal(seed, ids, IMAGE_NOISE, math.prod(shape[1:])).view(*shape)
+        if config.feature_mask == "noise":
+            width = config.decoder_embed_dim
+            feature_noise = normal(seed, ids, FEATURE_NOISE, tokens * width).view(n, k, chunk, width)
+        return cls(tuple(shape), positions, order, image_step, feature_step, image_noise, feature_noise)
+
+    @classmethod
+    def from_tensors(
+        cls,
+        config: IMPureConfig,
+        shape: Sequence[int],
+        *,
+        order: Tensor | None = None,
+        positions: Tensor | None = None,
+        image_step: Tensor | None = None,
+        feature_step: Tensor | None = None,
+        image_noise: Tensor | None = None,
+        feature_noise: Tensor | None = None,
+    ) -> Draws:
+        """Given values, shapes as in the class; what an evaluation does not draw may be left out.
+
+        Raises InputError naming the tensor where one is missing or has another shape.
+        """
+        rows, cols, chunk = grid_of(config, shape)
+        n, k, width = shape[0], config.num_chunks, config.decoder_embed_dim
+        bare = dataclasses.replace(config, image_mask="mask", feature_mask="mask")
+        base = cls.sample(bare, shape, 0, device=next((t.device for t in (order, image_noise) if t is not None), None))
+        given = {
+            "order": (order, (n, rows * cols), config.random_order),
+            "positions": (positions, (n, 2), False),
+            "image_step": (image_step, (n,), False),
+            "feature_step": (feature_step, (n, k), False),
+            "image_noise": (image_noise, tuple(shape), config.image_mask == "noise"),
+            "feature_noise": (feature_noise, (n, k, chunk, width), config.feature_mask == "noise"),
+        }
+        for name, (tensor, wanted, required) in given.items():
+            if tensor is None and required:
+                raise InputError(f"{name} is missing: this config draws it, shape {wanted}.")
+            if tensor is not None and tuple(tensor.shape) != wanted:
+                raise InputError(f"{name} has shape {tuple(tensor.shape)}; images and config want {wanted}.")
+        return dataclasses.replace(base, **{name: t for name, (t, _, _) in given.items() if t is not None})
+
+    def _map(self, function) -> Draws:  # type: ignore[no-untyped-def]
+        tensors = {
+            f.name: function(value)
+            for f in dataclasses.fields(self)
+            if isinstance(value := getattr(self, f.name), Tensor)
+        }
+        return dataclasses.replace(self, shape=(len(tensors["order"]), *self.shape[1:]), **tensors)
+
+    def to(self, device: torch.device | str) -> Draws:
+        """The same draws on another device."""
+        return self._map(lambda t: t.to(device))
+
+    def slice(self, start: int, stop: int) -> Draws:
+        """The draws of images start..stop-1."""
+        return self._map(lambda t: t[start:stop])
+
+    def check(self, config: IMPureConfig, shape: Sequence[int]) -> None:
+        """Raise InputError unless these draws fit images of ``shape`` and ``config``."""
+        _, _, chunk = grid_of(config, shape)
+        want_noise = (config.image_mask == "noise", config.feature_mask == "noise")
+        have_noise = (self.image_noise is not None, self.feature_noise is not None)
+        if tuple(shape) != self.shape:
+            raise InputError(f"Draws are for images {self.shape}, but the images have shape {tuple(shape)}.")
+        features = (shape[0], config.num_chunks, chunk, config.decoder_embed_dim)
+        if self.feature_step.shape[1] != config.num_chunks or (
+            self.feature_noise is not None and tuple(self.feature_noise.shape) != features
+        ):
+            had = tuple(self.feature_step.shape if self.feature_noise is None else self.feature_noise.shape)
+            raise InputError(f"Draws are of another config: feature draws have shape {had}, this one wants {features}.")
+        if want_noise != have_noise:
+            raise InputError(f"Draws are of another config: noises (image, feature) {have_noise}, wanted {want_noise}.")
+
+
+@dataclass(frozen=True)
+class MixDraws:
+    """How training mixes purified and input patches for one guide network (SPEC section 5).
+
+    order: [N, L] int64, own permutation an image; chunks, index: shared by the batch.
+    """
+
+    order: Tensor
+    chunks: int
+    index: int
+
+    @classmethod
+    def sample(
+        cls,
+        tokens: int,
+        n: int,
+        seed: int,
+        streams: Tensor | Sequence[int] | None = None,
+        max_chunks: int = 4,
+        guide: int = 0,
+        device: torch.device | str | None = None,
+    ) -> MixDraws:
+        """chunks is uniform in 2..max_chunks, index in 0..chunks-1; both come from the seed alone."""
+        ids = _streams(streams, n, device)
+        order = uniform(seed, ids, MIX_ORDER | guide << 8, tokens).argsort(dim=1, stable=True)
+        a, b = philox(seed, torch.zeros(1, dtype=torch.int64), MIX_CHUNKS | guide << 8, 2)[0].tolist()
+        chunks = 2 + (a * (max_chunks - 1) >> 32)
+        return cls(order, chunks, b * chunks >> 32)

@@ -1,0 +1,342 @@
+"""The IMPure network (arXiv 2311.15339), in plain PyTorch and in the authors' order of operations.
+
+image + draws -> embed (clean and noised) -> encode each chunk alone -> hide chunk i in replica i
+-> decode all K replicas -> keep the hidden chunks -> assemble the image.
+
+Letters: N images, L tokens, K chunks of M tokens, D encoder width, E decoder width, p patch side.
+Encoder batches are image-major (n*K + k), decoder batches replica-major (i*N + n).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Container, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import checkpoints
+from .config import NUM_STEPS, IMPureConfig
+from .draws import Draws, grid_of
+from .errors import ConfigError
+from .ops import patch_assemble, reconstruction_attention
+from .ops.patch_assemble import unpatchify
+from .purify import purify_images
+
+Note = Callable[[str, Tensor], Tensor]
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; qkv rows are split as (3, heads, head width)."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [B, T, W] -> [B, T, W]."""
+        b, t, w = x.shape
+        q, k, v = self.qkv(x).view(b, t, 3, self.heads, w // self.heads).permute(2, 0, 3, 1, 4)
+        return self.proj(reconstruction_attention(q, k, v).transpose(1, 2).reshape(b, t, w))
+
+
+class Mlp(nn.Module):
+    """Two linear layers with the exact (erf) GELU between them."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block without dropout or layer scale."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float, eps: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=eps)
+        self.attn = Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width, eps=eps)
+        self.mlp = Mlp(width, int(width * mlp_ratio))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class PatchEmbed(nn.Module):
+    """Non-overlapping patches of the image as rows: [N, 3, H, W] -> [N, L, D], raster order."""
+
+    def __init__(self, patch: int, width: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(3, width, patch, patch)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+def sincos_table(width: int, side: int) -> Tensor:
+    """Position table [1, 1 + side*side, width]: a zero row, then cells in raster order (SPEC 2.3).
+
+    A cell holds sin and cos of its column, then sin and cos of its row; all arithmetic in float32.
+    """
+    quarter = width // 4
+    frequency = 1 / 10000 ** (torch.arange(quarter, dtype=torch.float32) / quarter)
+    angle = torch.arange(side, dtype=torch.float32)[:, None] * frequency
+    line = torch.cat((angle.sin(), angle.cos()), dim=1)  # [side, width / 2]
+    cells = torch.cat((line.repeat(side, 1), line.repeat_interleave(side, dim=0)), dim=1)
+    return torch.cat((torch.zeros(1, width), cells))[None]
+
+
+def noise_schedule() -> tuple[Tensor, Tensor]:
+    """(a, b), each [1000]: share of the signal and of the noise at every step (SPEC 2.7)."""
+    kept = (1 - torch.linspace(0.0001, 0.02, NUM_STEPS)).cumprod(0)
+    return kept.sqrt(), (1 - kept).sqrt()
+
+
+def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
+    """x: [N, L, W], index: [N, L] -> x[n, index[n, l]]."""
+    return x.gather(1, index[:, :, None].expand(-1, -1, x.shape[2]))
+
+
+class IMPure(nn.Module):
+    """The purifier.  State dict in the authors' names; tables and schedule are computed, never loaded.
+
+    config: IMPureConfig; random weights by the authors' initialisation.
+    """
+
+    def __init__(self, config: IMPureConfig) -> None:
+        super().__init__()
+        if not isinstance(config, IMPureConfig):
+            raise ConfigError(f"IMPure wants an IMPureConfig, got {type(config).__name__}; create_model takes names.")
+        self.config = c = config
+        d, e, k, values = c.embed_dim, c.decoder_embed_dim, c.num_chunks, 3 * c.patch_size**2
+        self.cls_token = nn.Parameter(torch.empty(1, 1, d))
+        self.proj_weights = nn.Parameter(torch.ones(len(c.out_indices) + 1, 1, 1, 1))
+        self.mask_token = nn.Parameter(torch.empty(1, 1, e))
+        self.patch_embed = PatchEmbed(c.patch_size, d)
+        self.blocks = nn.ModuleList(Block(d, c.num_heads, c.mlp_ratio, c.norm_eps) for _ in range(c.depth))
+        self.norm = nn.LayerNorm(d, eps=c.norm_eps)
+        self.proj_layers = nn.ModuleList(nn.Linear(d, d) for _ in c.out_indices)
+        self.decoder_head_embed = nn.Linear((k - 1) * d, e)
+        self.decoder_embed = nn.Linear(d, e)
+        self.decoder_embed_norm = nn.LayerNorm(e, eps=c.norm_eps)
+        self.decoder_blocks = nn.ModuleList(
+            Block(e, c.decoder_num_heads, c.mlp_ratio, c.norm_eps) for _ in range(c.decoder_depth)
+        )
+        self.decoder_norm = nn.LayerNorm(e, eps=c.norm_eps)
+        self.decoder_pred = nn.Linear(e, values)
+        self.decoder_rb1 = nn.Conv2d(3, 3, 3, 1, 1)
+
+        signal, noise = noise_schedule()
+        for name, value in (
+            ("pos_embed", sincos_table(d, c.table_side)),
+            ("decoder_pos_embed", sincos_table(e, c.table_side)),
+            ("sqrt_alphas_cumprod", signal),
+            ("sqrt_one_minus_alphas_cumprod", noise),
+        ):
+            self.register_buffer(name, value, persistent=False)
+        self.register_load_state_dict_pre_hook(lambda _, state, prefix, *rest: checkpoints.drop_tables(state, prefix))
+        self._init_weights()
+
+    def _init_weights(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(self.config.embed_dim, -1))
+        nn.init.normal_(self.cls_token, std=0.02)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """[0, 1] units -> the network's."""
+        return (images - images.new_tensor(self.config.mean).view(3, 1, 1)) / self._std(images)
+
+    def unnormalise(self, x: Tensor) -> Tensor:
+        """The inverse; nothing is clamped."""
+        return x * self._std(x) + x.new_tensor(self.config.mean).view(3, 1, 1)
+
+    def _std(self, like: Tensor) -> Tensor:
+        return like.new_tensor(self.config.std).view(3, 1, 1)
+
+    def add_noise(self, x: Tensor, step: Tensor, noise: Tensor) -> Tensor:
+        """a[step] * x + b[step] * noise; step has x's leading axes."""
+        shape = step.shape + (1,) * (x.ndim - step.ndim)
+        a = self.sqrt_alphas_cumprod[step].view(shape)
+        b = self.sqrt_one_minus_alphas_cumprod[step].view(shape)
+        return a * x + b * noise.to(x.dtype)
+
+    def encode(self, tokens: Tensor, note: Note) -> tuple[Tensor, Tensor]:
+        """Encode every chunk on its own.  tokens: [N*K, M, D] -> its class token [N*K, D], latents [N*K, M, D]."""
+        head = self.cls_token + self.pos_embed[:, :1]
+        x = torch.cat((head.expand(len(tokens), -1, -1), tokens), dim=1)  # [N*K, 1 + M, D]
+        outputs = []
+        for b, block in enumerate(self.blocks):
+            x = block(x)
+            if b == 0:
+                note("enc_block0", x)
+            if b in self.config.out_indices:
+                outputs.append(self.proj_layers[self.config.out_indices.index(b)](x))
+        weights = self.proj_weights.softmax(dim=0)
+        mixed = note("enc_mix", sum(w * y for w, y in zip(weights.view(-1), [*outputs, x], strict=True)))
+        latent = self.norm(mixed)
+        note("latent", latent)
+        return latent[:, 0], latent[:, 1:]
+
+    def hide(self, clean: Tensor, noised: Tensor | None, draws: Draws) -> Tensor:
+        """What chunk i becomes in replica i.  clean, noised: [N, K, M, E] -> [N, K, M, E] (SPEC 2.8)."""
+        if self.config.feature_mask == "noise":
+            assert draws.feature_noise is not None
+            return self.add_noise(clean if noised is None else noised, draws.feature_step, draws.feature_noise)
+        return self.mask_token.to(clean.dtype).expand(clean.shape) if noised is None else noised
+
+    def decode(self, clean: Tensor, hidden: Tensor, heads: Tensor, draws: Draws, cells: Tensor, note: Note) -> Tensor:
+        """Rebuild every chunk from the others.  clean, hidden: [N, K, M, E]; heads: [N, K, (K-1)*D].
+
+        -> decoded tokens [N, L, E] in raster order, each from the replica that hid it.
+        """
+        n, k, m, e = clean.shape
+        replica_hides = torch.eye(k, dtype=torch.bool, device=clean.device).view(k, 1, k, 1, 1)
+        x = torch.where(replica_hides, hidden, clean).reshape(k * n, k * m, e)  # [K*N, L, E], shuffled
+        restore = draws.restore
+        position = self.decoder_pos_embed[0, 1:][cells]  # [N, L, E], raster
+        x = gather_tokens(x, restore.repeat(k, 1)) + position.repeat(k, 1, 1)
+        head = self.decoder_head_embed(heads).transpose(0, 1).reshape(k * n, 1, e) + self.decoder_pos_embed[:, :1]
+        x = note("dec_in", torch.cat((note("head", head), x), dim=1))  # [K*N, 1 + L, E]
+        for b, block in enumerate(self.decoder_blocks):
+            x = block(x)
+            if b == 0:
+                note("dec_block0", x)
+        x = self.decoder_norm(note("dec_out", x)[:, 1:]).view(k, n, k * m, e)
+        source = restore // m  # [N, L]: the chunk, hence the replica, of each raster token
+        return note("assembled", x.gather(0, source.view(1, n, k * m, 1).expand(1, -1, -1, e))[0])
+
+    def reconstruct(
+        self, images: Tensor, draws: Draws, keep: Container[str] = ()
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The network as a pure function of images and draws (SPEC section 2).
+
+        images: [N, 3, H, W] in [0, 1], sides fitting the config (``Draws.sample`` checks them).
+        keep: names of checkpoints to return (SPEC section 9), for instance ("latent", "dec_out").
+        Returns the prediction in normalised units ([N, 3, H, W]; [N, L, 3pp] without pixel_conv) and the checkpoints.
+        """
+        draws.check(self.config, images.shape)
+        kept: dict[str, Tensor] = {}
+
+        def note(name: str, x: Tensor) -> Tensor:
+            if name in keep:
+                kept[name] = x
+            return x
+
+        c, n, k = self.config, len(images), self.config.num_chunks
+        rows, cols, m = grid_of(c, images.shape)
+        raster = torch.arange(rows, device=images.device)[:, None] * c.table_side + torch.arange(
+            cols, device=images.device
+        )
+        corner = draws.positions[:, :1] * c.table_side + draws.positions[:, 1:]
+        cells = note("index_pos", corner + raster.flatten())  # [N, L] cells of the position tables
+        note("ids_shuffle", draws.order)
+        note("ids_restore", draws.restore)
+
+        def embed(x: Tensor, name: str) -> Tensor:
+            tokens = note(name, self.patch_embed(x) + self.pos_embed[0, 1:][cells])
+            return gather_tokens(tokens, draws.order).view(n * k, m, c.embed_dim)
+
+        x = self.normalise(images)
+        tokens = note("shuffled", embed(x, "embedded"))
+        heads, latents = self.encode(tokens, note)
+        clean = self.decoder_embed_norm(self.decoder_embed(latents)).view(n, k, m, -1)
+
+        noised = None
+        if c.image_mask == "noise":
+            assert draws.image_noise is not None
+            noised_image = note("noised_image", self.add_noise(x, draws.image_step, draws.image_noise))
+            tokens = embed(noised_image, "embedded_noise")
+            _, latents = self.encode(tokens, lambda name, x: note("noise_latent", x) if name == "latent" else x)
+            noised = self.decoder_embed_norm(self.decoder_embed(latents)).view(n, k, m, -1)
+
+        others = torch.tensor([[j for j in range(k) if j != i] for i in range(k)], device=images.device)  # [K, K-1]
+        heads = heads.view(n, k, c.embed_dim)[:, others].flatten(2)  # [N, K, (K-1)*D]
+        decoded = self.decode(clean, self.hide(clean, noised, draws), heads, draws, cells, note)
+
+        prediction = note("patches", self.decoder_pred(decoded))  # [N, L, 3pp]
+        if c.pixel_conv:
+            prediction = patch_assemble(prediction, rows, cols, self.decoder_rb1.weight, self.decoder_rb1.bias)
+        return note("pred_raw", prediction), kept
+
+    def to_image(self, prediction: Tensor, rows: int, cols: int) -> Tensor:
+        """A prediction of ``reconstruct`` as images [N, 3, rows*p, cols*p] in [0, 1] units, unclamped."""
+        return self.unnormalise(prediction if self.config.pixel_conv else unpatchify(prediction, rows, cols))
+
+    def forward(self, images: Tensor, draws: Draws | None = None) -> Tensor:
+        """Purified images, unclamped.  images: [N, 3, H, W] in [0, 1]; draws=None takes fresh ones
+        (training draws in training mode)."""
+        if draws is None:
+            draws = Draws.sample(self.config, images.shape, None, training=self.training, device=images.device)
+        rows, cols, _ = grid_of(self.config, images.shape)
+        return self.to_image(self.reconstruct(images, draws)[0], rows, cols)
+
+    def purify(
+        self,
+        images: Tensor,
+        *,
+        seed: int | None = None,
+        streams: Tensor | Sequence[int] | None = None,
+        draws: Draws | None = None,
+        clamp: bool = True,
+        max_batch: int | None = None,
+        image_step: int | None = None,
+        feature_step: int | None = None,
+        check: bool = True,
+    ) -> Tensor:
+        """Purify pictures of any size.
+
+        images: [N, 3, H, W] or [3, H, W]; uint8, or float in [0, 1]; same shape and dtype come back.
+        seed: key of all randomness; None takes fresh entropy from the operating system.
+        streams: one integer in [0, 2**32) an image (default 0..N-1): equal (seed, stream) gives equal
+            draws whatever the batch.
+        draws: given ``Draws`` for the padded images or tiles, in place of seed and streams.
+        clamp: cut the result to [0, 1].
+        max_batch: tiles a network call; bounds memory (default about 1 GiB), changes nothing in the result.
+        image_step, feature_step: masking strength in 0..999, in place of the config's; larger hides more.
+        check: refuse images outside [0, 1] (costs a synchronisation on a GPU).
+
+        Differentiable in float images that require gradients; independent of train or eval mode.
+        Raises InputError, InputTypeError or ConfigError.
+        """
+        steps = {"image_step": image_step, "feature_step": feature_step}
+        config = dataclasses.replace(self.config, **{k: v for k, v in steps.items() if v is not None})
+        return purify_images(
+            self, config, images, seed=seed, streams=streams, draws=draws, clamp=clamp, max_batch=max_batch, check=check
+        )
+
+    def save_pretrained(self, folder: str, card: str | None = None) -> None:
+        """Write ``model.safetensors`` (config inside), ``config.json`` and, if given, a model card."""
+        checkpoints.save_folder(folder, self.state_dict(), self.config, card)
+
+    @classmethod
+    def from_pretrained(cls, name_or_folder: str, **hub_options: Any) -> IMPure:
+        """Load a folder of ``save_pretrained``, or a Hugging Face hub id (needs the extra ``hub``).
+
+        Strict: missing or unexpected weights raise CheckpointError.  hub_options: revision, token, cache_dir, ...
+        """
+        config, state = checkpoints.read_folder(name_or_folder, **hub_options)
+        return cls.from_state(config, state, name_or_folder)
+
+    def push_to_hub(self, repo_id: str, card: str | None = None, **hub_options: Any) -> None:
+        """Upload what ``save_pretrained`` writes (needs the extra ``hub``)."""
+        checkpoints.push_folder(repo_id, self.state_dict(), self.config, card, **hub_options)
+
+    @classmethod
+    def from_state(cls, config: IMPureConfig, state: dict[str, Tensor], source: str, strict: bool = True) -> IMPure:
+        """A model in eval mode, fp32, from a state dict; ``source`` names the weights in messages."""
+        model = cls(config)
+        checkpoints.load_state(model, state, source, strict=strict)
+        return model.eval()

@@ -1,0 +1,274 @@
+"""From a picture of any size to the network's inputs and back: checks, padding, tiles, micro-batches.
+
+Also ``PurifiedClassifier``, a purifier in front of a classifier.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import IMPureConfig
+from .draws import Draws, fresh_seed
+from .errors import InputError, InputTypeError
+
+TILE_MEMORY = 512 * 2**20  # bytes of activations that one network call may take by default
+
+
+class Network(Protocol):
+    """What purification needs of a network."""
+
+    def reconstruct(self, images: Tensor, draws: Draws) -> tuple[Tensor, Any]: ...
+    def to_image(self, prediction: Tensor, rows: int, cols: int) -> Tensor: ...
+    def parameters(self) -> Any: ...
+
+
+def _check_images(images: Tensor, clamp: bool, check: bool) -> None:
+    if not isinstance(images, Tensor):
+        raise InputTypeError(f"images is a {type(images).__name__}; wanted a torch.Tensor (torch.from_numpy helps).")
+    if images.ndim not in (3, 4) or images.shape[-3] != 3:
+        raise InputError(f"images has shape {tuple(images.shape)}; wanted [N, 3, H, W] or [3, H, W] (RGB).")
+    if 0 in images.shape[-2:]:
+        raise InputError(f"images has shape {tuple(images.shape)}: height and width must not be 0.")
+    if images.dtype != torch.uint8 and not images.is_floating_point():
+        raise InputTypeError(f"images has dtype {images.dtype}; wanted torch.uint8 or a float type in [0, 1].")
+    if images.dtype == torch.uint8 and not clamp:
+        raise InputError("clamp=False needs float images: uint8 cannot hold values outside 0..255.")
+    if check and images.is_floating_point() and images.numel():
+        low, high = (float(v) for v in images.detach().aminmax())
+        if not (low >= -1e-3 and high <= 1 + 1e-3):  # also catches NaN
+            raise InputError(
+                f"images has values from {low:g} to {high:g}; wanted [0, 1]. Normalised twice, or 0..255 as float? "
+                "check=False skips this test."
+            )
+
+
+def _tile_sides(config: IMPureConfig, height: int, width: int) -> tuple[int, int]:
+    """Sides of the tiles: the picture's own, rounded up to patches, or tile_size where it is larger."""
+    p, k, limit = config.patch_size, config.num_chunks, config.tile_size // config.patch_size
+    rows, cols = min(math.ceil(height / p), limit), min(math.ceil(width / p), limit)
+    # The smallest growth that gives K equal chunks (and, in a fixed order, equal classes).
+    side = {2: 2, 3: 3, 4: 2}.get(k, 1)
+    fits = [
+        (r * c, r, c)
+        for r in range(rows, limit + 1)
+        for c in range(cols, limit + 1)
+        if r * c % k == 0 and (config.random_order or (r % side == 0 and c % side == 0))
+    ]
+    if not fits:
+        raise InputError(f"No tile of at most {limit}x{limit} patches has K={k} equal chunks; change tile_size.")
+    _, rows, cols = min(fits)
+    return rows * p, cols * p
+
+
+def _padding(size: int, tile: int, stride: int) -> int:
+    """Pixels to add so that tiles of side ``tile``, ``stride`` apart, cover the side exactly."""
+    return tile + max(0, math.ceil((size - tile) / stride)) * stride - size
+
+
+def _pad(images: Tensor, bottom: int, right: int) -> Tensor:
+    """Reflect at the lower and right edge; replicate along a side that is too small to reflect."""
+    for amounts, size in (((0, 0, 0, bottom), images.shape[2]), ((0, right, 0, 0), images.shape[3])):
+        if any(amounts):
+            images = F.pad(images, amounts, mode="reflect" if max(amounts) < size else "replicate")
+    return images
+
+
+def _ramp(tile: int, stride: int, like: Tensor) -> Tensor:
+    """One axis of the window: rises over the overlap, flat in the middle, falls again; never 0."""
+    distance = torch.arange(tile, device=like.device, dtype=like.dtype) + 0.5
+    return (torch.minimum(distance, tile - distance) / max(tile - stride, 1)).clamp(max=1)
+
+
+def over_tiles(images: Tensor, config: IMPureConfig, function: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Apply ``function`` to overlapping tiles and blend the results under a window.
+
+    images: [N, 3, H, W] float.  function(tiles [T, 3, h, w], index [T, 2]) -> [T, 3, h, w], where
+    index holds (image, tile in the image).  The identity gives the images back (1e-6).
+    """
+    n, _, height, width = images.shape
+    th, tw = _tile_sides(config, height, width)
+    stride = (min(config.tile_stride, th), min(config.tile_stride, tw))
+    bottom, right = _padding(height, th, stride[0]), _padding(width, tw, stride[1])
+    padded = _pad(images, bottom, right)
+    shape = padded.shape[2:]
+    columns = F.unfold(padded, (th, tw), stride=stride)  # [N, 3*h*w, T]
+    count = columns.shape[2]
+    tiles = columns.transpose(1, 2).reshape(n * count, 3, th, tw)
+    index = torch.stack(
+        (
+            torch.arange(n, device=images.device).repeat_interleave(count),
+            torch.arange(count, device=images.device).repeat(n),
+        ),
+        dim=1,
+    )
+    done = function(tiles, index)
+    if count == 1:
+        return done[:, :, :height, :width]
+    window = _ramp(th, stride[0], done)[:, None] * _ramp(tw, stride[1], done)  # [h, w]
+    columns = (done * window).view(n, count, -1).transpose(1, 2)
+    total = F.fold(columns, shape, (th, tw), stride=stride)
+    weight = F.fold(window.reshape(1, -1, 1).expand(1, -1, count), shape, (th, tw), stride=stride)
+    return (total / weight)[:, :, :height, :width]
+
+
+def default_max_batch(config: IMPureConfig, height: int, width: int) -> int:
+    """Tiles a call so that activations stay near TILE_MEMORY; an estimate from the widest tensors."""
+    tokens = (height // config.patch_size) * (width // config.patch_size)
+    encoder = tokens * config.embed_dim * (config.mlp_ratio + 6)
+    decoder = config.num_chunks * tokens * config.decoder_embed_dim * (config.mlp_ratio + 6)
+    return max(1, int(TILE_MEMORY // (4 * (encoder + decoder))))
+
+
+def purify_images(
+    network: Network,
+    config: IMPureConfig,
+    images: Tensor,
+    *,
+    seed: int | None,
+    streams: Tensor | Sequence[int] | None,
+    draws: Draws | None,
+    clamp: bool,
+    max_batch: int | None,
+    check: bool,
+) -> Tensor:
+    """The body of ``IMPure.purify``, for any network with ``reconstruct``."""
+    _check_images(images, clamp, check)
+    if images.ndim == 3:
+        options: dict[str, Any] = dict(seed=seed, streams=streams, draws=draws)
+        options |= dict(clamp=clamp, max_batch=max_batch, check=False)
+        return purify_images(network, config, images[None], **options)[0]
+    n = len(images)
+    if n == 0:
+        return images.clone()
+    if max_batch is not None and max_batch < 1:
+        raise InputError(f"max_batch={max_batch}: must be at least 1 tile.")
+    ids = torch.arange(n) if streams is None else torch.as_tensor(streams, dtype=torch.int64).cpu()
+    if ids.shape != (n,) or int(ids.min()) < 0 or int(ids.max()) >= 2**32:
+        raise InputError(f"streams must be {n} integers in [0, 2**32), one an image; got {ids.tolist()[:8]}.")
+    ids = ids.to(images.device)
+    key = fresh_seed() if seed is None else seed
+    dtype = next(network.parameters()).dtype
+    p = config.patch_size
+
+    def reconstruct(tiles: Tensor, index: Tensor) -> Tensor:
+        if draws is not None:
+            draws.check(config, tiles.shape)
+        height, width = tiles.shape[2:]
+        size = max_batch or default_max_batch(config, height, width)
+        parts = []
+        for start in range(0, len(tiles), size):
+            part = tiles[start : start + size]
+            image, tile = index[start : start + size].unbind(dim=1)
+            if draws is None:
+                # A tile's stream: the image's in the low word, its place in the picture in the high one.
+                own = Draws.sample(config, part.shape, key, ids[image] + (tile << 32), device=part.device)
+            else:
+                own = draws.slice(start, start + size)
+            prediction, _ = network.reconstruct(part, own)
+            parts.append(network.to_image(prediction, height // p, width // p))
+        return torch.cat(parts)
+
+    # Without a gradient to the image nobody needs the graph, though the weights would ask for one.
+    with torch.set_grad_enabled(torch.is_grad_enabled() and images.requires_grad):
+        x = images.to(dtype) / 255 if images.dtype == torch.uint8 else images.to(dtype)
+        result = over_tiles(x, config, reconstruct)
+        if clamp:
+            result = result.clamp(0, 1)
+        if images.dtype == torch.uint8:
+            result = (result * 255).round()  # half to even
+        return result.to(images.dtype)
+
+
+class _PassThroughClamp(torch.autograd.Function):
+    """Clamp to [0, 1] whose gradient is the identity, so that saturation does not hide the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clamp(0, 1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return grad
+
+
+class PurifiedClassifier(nn.Module):
+    """A purifier in front of a classifier: images in [0, 1] -> logits.
+
+    classifier: any module from normalised images to logits; purifier: an ``IMPure``.
+    mean, std: the classifier's normalisation, three numbers each, applied here and nowhere else.
+    size: side (or (height, width)) to resize purified images to, bilinear with antialias; None keeps them.
+    mode: "random" draws afresh at every call (from ``seed`` if given: the n-th image since
+        construction has stream n); "deterministic" uses one seed (``seed`` or 0) and stream 0 for every
+        image, so that the logits depend on the image alone.
+    samples: purifications whose logits are averaged.
+    clamp: True, False or "straight-through" (default): how the purified image is cut to [0, 1]; the
+        default cuts the value and passes the gradient.
+    image_step, feature_step: masking strength, as in ``IMPure.purify``.
+
+    Differentiable; owns the parameters of both networks; purifies alike in train and eval mode.
+    Raises InputError for options that cannot be.
+    """
+
+    def __init__(
+        self,
+        classifier: nn.Module,
+        purifier: nn.Module,
+        *,
+        mean: Sequence[float],
+        std: Sequence[float],
+        size: int | tuple[int, int] | None = None,
+        mode: str = "random",
+        seed: int | None = None,
+        samples: int = 1,
+        clamp: bool | str = "straight-through",
+        image_step: int | None = None,
+        feature_step: int | None = None,
+    ) -> None:
+        super().__init__()
+        if mode not in ("random", "deterministic"):
+            raise InputError(f'mode={mode!r}: wanted "random" or "deterministic".')
+        if clamp not in (True, False, "straight-through"):
+            raise InputError(f'clamp={clamp!r}: wanted True, False or "straight-through".')
+        if samples < 1:
+            raise InputError(f"samples={samples}: wanted at least 1.")
+        if len(mean) != 3 or len(std) != 3:
+            raise InputError(f"mean={tuple(mean)}, std={tuple(std)}: wanted three channels each.")
+        self.classifier, self.purifier = classifier, purifier
+        self.size = (size, size) if isinstance(size, int) else size
+        self.mode, self.samples, self.clamp = mode, samples, clamp
+        self.seed = 0 if mode == "deterministic" and seed is None else seed
+        self.steps = {"image_step": image_step, "feature_step": feature_step}
+        self._used = 0
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+
+    def purify(self, images: Tensor, sample: int = 0) -> Tensor:
+        """The purified images that the classifier sees.  images: [N, 3, H, W] in [0, 1]."""
+        n = len(images)
+        if self.mode == "deterministic":
+            streams = torch.full((n,), sample)
+        else:
+            streams = (torch.arange(n) + self._used) % 2**32
+            self._used += n
+        purified = self.purifier.purify(  # type: ignore[operator]
+            images, seed=self.seed, streams=streams, clamp=self.clamp is True, **self.steps
+        )
+        return _PassThroughClamp.apply(purified) if self.clamp == "straight-through" else purified
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images: [N, 3, H, W] float in [0, 1] -> logits [N, classes]."""
+        if images.ndim != 4 or not images.is_floating_point():
+            raise InputError(f"images: {images.dtype} {tuple(images.shape)}; wanted float [N, 3, H, W] in [0, 1].")
+        logits = [self._classify(self.purify(images, sample)) for sample in range(self.samples)]
+        return torch.stack(logits).mean(dim=0)
+
+    def _classify(self, images: Tensor) -> Tensor:
+        if self.size is not None and tuple(images.shape[2:]) != self.size:
+            images = F.interpolate(images, self.size, mode="bilinear", antialias=True)
+        return self.classifier((images - self.mean) / self.std)

@@ -1,0 +1,296 @@
+"""Purification training: clean targets, adversarial or noisy inputs, pixel + guided feature loss.
+
+Every batch and every draw is a function of (seed, step), so a run that was cut goes on exactly where
+its last checkpoint stood.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..checkpoints import save_safetensors, write_atomically
+from ..config import PRESETS, IMPureConfig
+from ..draws import Draws, MixDraws
+from ..errors import CheckpointError, ConfigError, Error
+from ..model import IMPure
+from .data import PackedImages, adversarial_pairs, batches
+from .losses import guided_loss, pixel_loss
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run.
+
+    model: preset name.  steps, batch: optimiser steps and pictures a step.
+    crop: side of a training picture; it is cut into tiles of the model's tile_size, as in use.
+    pairs: clean and adversarial views made before the first step, of side ``view``; the last ``held_out``
+        pictures of the data are never used.
+    lr, warmup, weight_decay, clip: AdamW (0.9, 0.95), linear warm-up steps, then cosine to 0.
+    guide_nodes, guide_weights: nodes of EfficientNet-Lite0 and the weights of their L1 terms.
+    mix_chunks: at most this many chunks in patch mixing (SPEC section 5); 0 shows the guide no input patches.
+    """
+
+    model: str = "impure_tiny"
+    steps: int = 8000
+    batch: int = 2
+    crop: int = 192
+    view: int = 224
+    pairs: int = 3400
+    held_out: int = 190
+    lr: float = 2e-3
+    warmup: int = 200
+    weight_decay: float = 0.05
+    clip: float = 1.0
+    pixel_weight: float = 1.0
+    guide_nodes: tuple[str, ...] = ("blocks.1", "blocks.3", "blocks.5", "classifier")
+    guide_weights: tuple[float, ...] = (0.5, 1.0, 1.0, 0.5)
+    mix_chunks: int = 4
+    seed: int = 0
+    save_every: int = 200
+
+    def __post_init__(self) -> None:
+        tile = self.model_config.tile_size
+        if self.crop % tile or self.crop > self.view:
+            raise ConfigError(f"crop={self.crop}: must be a multiple of the tile ({tile}) of at most view={self.view}.")
+        if len(self.guide_nodes) != len(self.guide_weights):
+            raise ConfigError(f"guide_weights={self.guide_weights}: give one for each of guide_nodes.")
+        if self.mix_chunks == 1 or self.mix_chunks < 0:
+            raise ConfigError(f"mix_chunks={self.mix_chunks}: must be 0 or at least 2.")
+
+    @property
+    def model_config(self) -> IMPureConfig:
+        if self.model not in PRESETS:
+            raise ConfigError(f"model={self.model!r}: known presets are {sorted(PRESETS)}.")
+        return PRESETS[self.model]
+
+
+class Guide:
+    """A frozen network as guide: images in [0, 1] -> {node: features}, in the order of ``nodes``.
+
+    network: takes [0, 1] images (``classifiers.Normalised``); nodes: dotted names of its modules.
+    Hooks, because timm's padding layers cannot be traced into a shorter network.
+    """
+
+    def __init__(self, network: nn.Module, nodes: Sequence[str]) -> None:
+        self.network, self.nodes = network, tuple(nodes)
+        self._features: dict[str, Tensor] = {}
+        modules = dict(network.named_modules())
+        if missing := [node for node in nodes if node not in modules]:
+            raise ConfigError(f"guide_nodes {missing} are no modules of the guide network.")
+        for node in nodes:
+            modules[node].register_forward_hook(self._keep(node))
+
+    def _keep(self, node: str) -> Callable[[nn.Module, Any, Tensor], None]:
+        def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            self._features[node] = output
+
+        return hook
+
+    def __call__(self, images: Tensor) -> dict[str, Tensor]:
+        self.network(images)
+        return {node: self._features.pop(node) for node in self.nodes}
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Linear warm-up, then cosine to zero."""
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    done = (step - config.warmup) / max(1, config.steps - config.warmup)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Decay on tensors of more than one axis, none on the others (SPEC section 6)."""
+    parameters = list(model.parameters())
+    return [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+
+
+def to_tiles(pictures: Tensor, tile: int) -> Tensor:
+    """[N, 3, n*t, m*t] -> [N*n*m, 3, t, t]."""
+    return F.unfold(pictures, tile, stride=tile).transpose(1, 2).reshape(-1, 3, tile, tile)
+
+
+def from_tiles(tiles: Tensor, pictures: int, side: int) -> Tensor:
+    """The inverse of ``to_tiles`` for square pictures."""
+    columns = tiles.reshape(pictures, -1, 3 * tiles.shape[-1] ** 2).transpose(1, 2)
+    return F.fold(columns, side, tiles.shape[-1], stride=tiles.shape[-1])
+
+
+def step_losses(
+    model: IMPure,
+    config: TrainConfig,
+    guide: Callable[[Tensor], dict[str, Tensor]],
+    images: Tensor,
+    clean: Tensor,
+    step: int,
+) -> dict[str, Tensor]:
+    """Loss terms of one batch.  images, clean: [batch, 3, crop, crop] in [0, 1]."""
+    tiles = to_tiles(images, model.config.tile_size)
+    seed = config.seed << 32 | step
+    draws = Draws.sample(model.config, tiles.shape, seed, training=True, device=images.device)
+    with torch.autocast(images.device.type, torch.bfloat16):
+        prediction, _ = model.reconstruct(tiles, draws)
+    prediction = from_tiles(prediction.float(), len(images), config.crop)
+    mixing = None
+    if config.mix_chunks:
+        tokens = (config.crop // model.config.patch_size) ** 2
+        mixing = [MixDraws.sample(tokens, len(images), seed, max_chunks=config.mix_chunks, device=images.device)]
+    terms = {"pix": config.pixel_weight * pixel_loss(model, prediction, images, clean)}
+    return terms | guided_loss(model, prediction, images, clean, [guide], [config.guide_weights], mixing)
+
+
+class _Stop:
+    """Turns SIGTERM and SIGINT into a flag, so that the loop can save and leave."""
+
+    def __enter__(self) -> _Stop:
+        self.wanted = False
+        self._old = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def _note(self, *_: Any) -> None:
+        self.wanted = True
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+
+def train(
+    config: TrainConfig,
+    data: str | Path,
+    output: str | Path,
+    classifier: nn.Module,
+    progress: Callable[[str, int, int, dict[str, float]], None] = lambda phase, done, total, figures: None,
+    device: str = "cpu",
+) -> bool:
+    """Train, or go on with the run in ``output``; returns whether it reached its last step.
+
+    data: packed npz.  classifier: ``classifiers.Normalised``, the attacked network and the guide.
+    Writes output/: config.json, pairs/, checkpoint.pt, log.jsonl, model.safetensors, curves.png.
+    Raises Error where the loss is not finite or ``output`` holds a run of another config.
+    """
+    output = Path(output)
+    output.mkdir(parents=True, exist_ok=True)
+    settings = json.loads(json.dumps(asdict(config)))
+    stored = output / "config.json"
+    if stored.exists() and json.loads(stored.read_text()) != settings:
+        raise ConfigError(f"{output} holds a run of another config; choose another folder or repeat its options.")
+    write_atomically(stored, lambda path: Path(path).write_text(json.dumps(settings, indent=2) + "\n"))
+
+    images = PackedImages(data)
+    if len(images) <= config.held_out:
+        raise ConfigError(f"held_out={config.held_out}: {data} has only {len(images)} pictures.")
+    images.labels = images.labels[: len(images) - config.held_out]
+    pairs = adversarial_pairs(
+        output / "pairs",
+        images,
+        classifier,
+        count=config.pairs,
+        side=config.view,
+        seed=config.seed,
+        progress=lambda done, total: progress("pairs", done, total, {}),
+    )
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        model = IMPure(config.model_config)
+    model.to(device).train()
+    guide = Guide(classifier.to(device), [f"network.{node}" for node in config.guide_nodes])
+    optimiser = torch.optim.AdamW(parameter_groups(model, config.weight_decay), lr=config.lr, betas=(0.9, 0.95))
+    start = _restore(output / "checkpoint.pt", model, optimiser)
+    log = _Log(output / "log.jsonl", start)
+
+    def save(step: int) -> None:
+        state = {"step": step, "model": model.state_dict(), "optimizer": optimiser.state_dict()}
+        write_atomically(output / "checkpoint.pt", lambda path: torch.save(state, path))
+        save_safetensors(output / "model.safetensors", model.state_dict(), model.config, torch.float16)
+        plot_curves(output / "log.jsonl", output / "curves.png")
+
+    with _Stop() as stop:
+        source = batches(pairs, batch=config.batch, crop=config.crop, seed=config.seed, start=start)
+        for step in range(start, config.steps):
+            began = time.perf_counter()
+            for group in optimiser.param_groups:
+                group["lr"] = learning_rate(config, step)
+            dirty, clean = (x.to(device) for x in next(source))
+            terms = step_losses(model, config, guide, dirty, clean, step)
+            loss = torch.stack(list(terms.values())).sum()
+            if not torch.isfinite(loss):
+                raise Error(f"The loss is {loss.item()} at step {step}: {({k: v.item() for k, v in terms.items()})}.")
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+            optimiser.step()
+            figures = {name: value.item() for name, value in terms.items()}
+            figures |= {"loss": loss.item(), "grad_norm": norm.item(), "lr": learning_rate(config, step)}
+            figures["pictures_per_second"] = config.batch / (time.perf_counter() - began)
+            log.write(step, figures)
+            progress("train", step + 1, config.steps, figures)
+            if stop.wanted or (step + 1) % config.save_every == 0 or step + 1 == config.steps:
+                save(step + 1)
+            if stop.wanted:
+                return False
+    return True
+
+
+def _restore(path: Path, model: nn.Module, optimiser: torch.optim.Optimizer) -> int:
+    if not path.exists():
+        return 0
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        model.load_state_dict(state["model"])
+        optimiser.load_state_dict(state["optimizer"])
+    except Exception as error:  # torch raises many kinds for damaged files
+        raise CheckpointError(f"{path} cannot be resumed from: {error}. Remove it to start over.") from error
+    return int(state["step"])
+
+
+class _Log:
+    """One JSON line a step; lines at or after ``start`` come from a cut run and are dropped."""
+
+    def __init__(self, path: Path, start: int) -> None:
+        lines = path.read_text().splitlines() if path.exists() else []
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] < start]
+        path.write_text("".join(line + "\n" for line in kept))
+        self._file = path.open("a")
+
+    def write(self, step: int, figures: dict[str, float]) -> None:
+        rounded = {name: float(f"{value:.6g}") for name, value in figures.items()}
+        self._file.write(json.dumps({"step": step, **rounded}) + "\n")
+        self._file.flush()
+
+
+def plot_curves(log: str | Path, picture: str | Path) -> None:
+    """Every term of log.jsonl over the steps, smoothed, as a picture.  Does nothing without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    rows = [json.loads(line) for line in Path(log).read_text().splitlines()]
+    if not rows:
+        return
+    names = [n for n in rows[-1] if n == "pix" or n.endswith("_loss") or n in ("loss", "lr")]
+    figure = Figure(figsize=(3.2 * len(names), 2.8), layout="constrained")
+    for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        smooth, xs, ys = None, [], []
+        for row in rows:
+            smooth = row[name] if smooth is None or name == "lr" else 0.98 * smooth + 0.02 * row[name]
+            xs.append(row["step"])
+            ys.append(smooth)
+        axis.plot(xs, ys)
+        axis.set(title=name, xlabel="step")
+    write_atomically(picture, lambda path: figure.savefig(path, dpi=100, format="png"))
