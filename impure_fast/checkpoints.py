@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import tempfile
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 from .config import IMPureConfig
 from .errors import CheckpointError, ConfigError, MissingExtraError, MissingFileError
+from .images import write_atomically
 
 # Computed by every model, so never stored or loaded (SPEC 2.3, 2.7).
 _TABLES = ("pos_embed", "decoder_pos_embed", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod")
@@ -72,34 +72,16 @@ def load_state(model: nn.Module, state: dict[str, Tensor], source: str, strict: 
     return LoadReport(tuple(dropped), missing, unexpected)
 
 
-def write_atomically(path: str | Path, write: Any) -> None:
-    """Call ``write(temporary path)`` in the same folder, then rename: ``path`` is whole or absent."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
-    os.close(handle)
-    try:
-        write(temporary)
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 def save_safetensors(
     path: str | Path, state: dict[str, Tensor], config: IMPureConfig, dtype: torch.dtype | None = None
 ) -> None:
     """Write weights with the config in the file's metadata; ``dtype`` converts floating tensors."""
     tensors = {k: v.detach().to("cpu", dtype).contiguous() for k, v in state.items()}
     metadata = {"format": "pt", "config": json.dumps(config.to_dict())}
-    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+    try:
+        write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be written: {error}.") from error
 
 
 def read_safetensors(path: str | Path) -> tuple[IMPureConfig | None, dict[str, Tensor]]:
@@ -236,7 +218,7 @@ def _hub() -> Any:
     try:
         import huggingface_hub
     except ImportError as error:
-        raise MissingExtraError('Hugging Face hub names need the extra "hub": pip install "impure-fast[hub]".') from error
+        raise MissingExtraError('Hub names need the extra "hub": pip install "impure-fast[hub]".') from error
     return huggingface_hub
 
 

@@ -11,6 +11,9 @@ from .errors import MissingExtraError
 class Normalised(nn.Module):
     """A classifier that takes images in [0, 1]: normalises by ``mean`` and ``std``, then calls ``network``."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, network: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         super().__init__()
         self.network = network

@@ -99,7 +99,8 @@ class IMPureConfig:
             need(w % getattr(self, heads) == 0, heads, f"must divide {width}={w}")
         need(self.image_size % self.patch_size == 0, "patch_size", f"must divide image_size={self.image_size}")
         need(self.mlp_ratio > 0, "mlp_ratio", "must be positive")
-        need(isinstance(self.num_chunks, int) and self.num_chunks >= 2, "num_chunks", "must be an integer of at least 2")
+        chunks_ok = isinstance(self.num_chunks, int) and self.num_chunks >= 2
+        need(chunks_ok, "num_chunks", "must be an integer of at least 2")
         need(
             len(set(self.out_indices)) == len(self.out_indices) and all(0 <= i < self.depth for i in self.out_indices),
             "out_indices",
@@ -129,9 +130,7 @@ class IMPureConfig:
             f"must be a multiple of patch_size={self.patch_size} of at most {2 * self.image_size} (twice image_size)",
         )
         tokens = (self.tile_size // self.patch_size) ** 2
-        need(
-            tokens % self.num_chunks == 0, "tile_size", f"gives {tokens} patches, no multiple of K={self.num_chunks}"
-        )
+        need(tokens % self.num_chunks == 0, "tile_size", f"gives {tokens} patches, no multiple of K={self.num_chunks}")
         need(0 < self.tile_stride <= self.tile_size, "tile_stride", f"must be in 1..{self.tile_size} (tile_size)")
 
     @property

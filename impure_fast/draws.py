@@ -10,8 +10,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -174,7 +175,9 @@ class Draws:
         if config.feature_mask == "noise":
             width = config.decoder_embed_dim
             feature_noise = normal(seed, ids, FEATURE_NOISE, tokens * width).view(n, k, chunk, width)
-        return cls(tuple(shape), positions, order, image_step, feature_step, image_noise, feature_noise)
+        return cls(
+            (n, shape[1], shape[2], shape[3]), positions, order, image_step, feature_step, image_noise, feature_noise
+        )
 
     @classmethod
     def from_tensors(
@@ -210,10 +213,11 @@ class Draws:
                 raise InputError(f"{name} is missing: this config draws it, shape {wanted}.")
             if tensor is not None and tuple(tensor.shape) != wanted:
                 raise InputError(f"{name} has shape {tuple(tensor.shape)}; images and config want {wanted}.")
-        return dataclasses.replace(base, **{name: t for name, (t, _, _) in given.items() if t is not None})
+        changes: dict[str, Any] = {name: t for name, (t, _, _) in given.items() if t is not None}
+        return dataclasses.replace(base, **changes)
 
-    def _map(self, function) -> Draws:  # type: ignore[no-untyped-def]
-        tensors = {
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Draws:
+        tensors: dict[str, Any] = {
             f.name: function(value)
             for f in dataclasses.fields(self)
             if isinstance(value := getattr(self, f.name), Tensor)

@@ -110,13 +110,20 @@ class IMPure(nn.Module):
     """The purifier.  State dict in the authors' names; tables and schedule are computed, never loaded.
 
     config: IMPureConfig; random weights by the authors' initialisation.
+    load_report: what ``load_official`` did with the keys of its file; None for other models.
     """
+
+    pos_embed: Tensor  # [1, 1 + T*T, D]
+    decoder_pos_embed: Tensor  # [1, 1 + T*T, E]
+    sqrt_alphas_cumprod: Tensor  # [1000]
+    sqrt_one_minus_alphas_cumprod: Tensor  # [1000]
 
     def __init__(self, config: IMPureConfig) -> None:
         super().__init__()
         if not isinstance(config, IMPureConfig):
             raise ConfigError(f"IMPure wants an IMPureConfig, got {type(config).__name__}; create_model takes names.")
         self.config = c = config
+        self.load_report: checkpoints.LoadReport | None = None
         d, e, k, values = c.embed_dim, c.decoder_embed_dim, c.num_chunks, 3 * c.patch_size**2
         self.cls_token = nn.Parameter(torch.empty(1, 1, d))
         self.proj_weights = nn.Parameter(torch.ones(len(c.out_indices) + 1, 1, 1, 1))
@@ -218,9 +225,7 @@ class IMPure(nn.Module):
         source = restore // m  # [N, L]: the chunk, hence the replica, of each raster token
         return note("assembled", x.gather(0, source.view(1, n, k * m, 1).expand(1, -1, -1, e))[0])
 
-    def reconstruct(
-        self, images: Tensor, draws: Draws, keep: Container[str] = ()
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def reconstruct(self, images: Tensor, draws: Draws, keep: Container[str] = ()) -> tuple[Tensor, dict[str, Tensor]]:
         """The network as a pure function of images and draws (SPEC section 2).
 
         images: [N, 3, H, W] in [0, 1], sides fitting the config (``Draws.sample`` checks them).
@@ -311,8 +316,11 @@ class IMPure(nn.Module):
         Differentiable in float images that require gradients; independent of train or eval mode.
         Raises InputError, InputTypeError or ConfigError.
         """
-        steps = {"image_step": image_step, "feature_step": feature_step}
-        config = dataclasses.replace(self.config, **{k: v for k, v in steps.items() if v is not None})
+        config = dataclasses.replace(
+            self.config,
+            image_step=self.config.image_step if image_step is None else image_step,
+            feature_step=self.config.feature_step if feature_step is None else feature_step,
+        )
         return purify_images(
             self, config, images, seed=seed, streams=streams, draws=draws, clamp=clamp, max_batch=max_batch, check=check
         )

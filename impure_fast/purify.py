@@ -9,8 +9,10 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from .config import IMPureConfig
@@ -26,6 +28,16 @@ class Network(Protocol):
     def reconstruct(self, images: Tensor, draws: Draws) -> tuple[Tensor, Any]: ...
     def to_image(self, prediction: Tensor, rows: int, cols: int) -> Tensor: ...
     def parameters(self) -> Any: ...
+
+
+def to_float(images: NDArray[np.uint8]) -> Tensor:
+    """uint8 [N, H, W, 3] -> float32 [N, 3, H, W] in [0, 1]."""
+    return torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float().div_(255)
+
+
+def to_bytes(images: Tensor) -> NDArray[np.uint8]:
+    """[N, 3, H, W] in [0, 1] -> uint8 [N, H, W, 3], rounded half to even."""
+    return (images.detach().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
 def _check_images(images: Tensor, clamp: bool, check: bool) -> None:
@@ -193,7 +205,7 @@ class _PassThroughClamp(torch.autograd.Function):
         return x.clamp(0, 1)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         return grad
 
 
@@ -214,6 +226,9 @@ class PurifiedClassifier(nn.Module):
     Differentiable; owns the parameters of both networks; purifies alike in train and eval mode.
     Raises InputError for options that cannot be.
     """
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(
         self,
@@ -256,9 +271,7 @@ class PurifiedClassifier(nn.Module):
         else:
             streams = (torch.arange(n) + self._used) % 2**32
             self._used += n
-        purified = self.purifier.purify(  # type: ignore[operator]
-            images, seed=self.seed, streams=streams, clamp=self.clamp is True, **self.steps
-        )
+        purified = self.purifier.purify(images, seed=self.seed, streams=streams, clamp=self.clamp is True, **self.steps)
         return _PassThroughClamp.apply(purified) if self.clamp == "straight-through" else purified
 
     def forward(self, images: Tensor) -> Tensor:

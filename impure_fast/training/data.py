@@ -1,12 +1,7 @@
-"""Training data: packed photographs, and adversarial views of them.
-
-Packed form (``impure-fast data``): an npz with ``jpeg`` (uint8, all JPEG files one after another),
-``offsets`` (int64, n + 1) and ``labels`` (int64, -1 where unknown).  Nothing in it is pickled.
-"""
+"""Training data: adversarial views of packed photographs, on disk, and the batches drawn from them."""
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,54 +10,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor, nn
 
-from ..errors import InputError, MissingFileError
-
-
-class PackedImages:
-    """Read access to a packed npz: ``len``, ``images[i]`` -> uint8 [H, W, 3], ``labels``."""
-
-    def __init__(self, path: str | Path) -> None:
-        if not Path(path).is_file():
-            raise MissingFileError(f"{path} does not exist; `impure-fast data` packs a folder of images.")
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                self._jpeg, self._offsets, self.labels = file["jpeg"], file["offsets"], file["labels"].astype(np.int64)
-        except (KeyError, ValueError, OSError) as error:
-            raise InputError(f"{path} is no packed image file (jpeg, offsets, labels): {error}") from error
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, i: int) -> NDArray[np.uint8]:
-        data = self._jpeg[self._offsets[i] : self._offsets[i + 1]].tobytes()
-        return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
-
-
-def to_float(images: NDArray[np.uint8]) -> Tensor:
-    """uint8 [N, H, W, 3] -> float32 [N, 3, H, W] in [0, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float().div_(255)
-
-
-def random_view(image: NDArray[np.uint8], side: int, rng: np.random.Generator) -> NDArray[np.uint8]:
-    """A random square crop of 70 to 100 % of the short side, scaled to ``side`` (bicubic), mirrored at random."""
-    height, width = image.shape[:2]
-    crop = int(min(height, width) * rng.uniform(0.7, 1.0))
-    top, left = rng.integers(height - crop + 1), rng.integers(width - crop + 1)
-    view = Image.fromarray(image[top : top + crop, left : left + crop]).resize((side, side), Image.Resampling.BICUBIC)
-    return np.asarray(view)[:, :: -1 if rng.random() < 0.5 else 1]
-
-
-Attack = Callable[[nn.Module, float], Callable[[Tensor, Tensor], Tensor]]
-
-
-def pgd(classifier: nn.Module, eps: float, steps: int = 6) -> Callable[[Tensor, Tensor], Tensor]:
-    """torchattacks' PGD with a step of 2 eps / steps."""
-    import torchattacks
-
-    return torchattacks.PGD(classifier, eps=eps, alpha=2 * eps / steps, steps=steps)
+from ..attacks import pgd
+from ..errors import InputError
+from ..images import PackedImages, random_view
+from ..purify import to_bytes, to_float
 
 
 @dataclass
@@ -116,11 +69,11 @@ def adversarial_pairs(
         x = to_float(views)
         with torch.no_grad():
             labels = classifier(x).argmax(dim=1)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed * 1_000_003 + start)
-            attacked = pgd(classifier, float(rng.uniform(*eps)))(x, labels)
+        size = float(rng.uniform(*eps))
+        own_seed = seed * 1_000_003 + start
+        attacked = pgd(classifier, x, labels, eps=size, steps=6, step_size=size / 3, seed=own_seed)
         arrays[0][start:stop] = views
-        arrays[1][start:stop] = (attacked * 255).round().byte().permute(0, 2, 3, 1).numpy()
+        arrays[1][start:stop] = to_bytes(attacked)
         state.write_text(json.dumps({"recipe": recipe, "done": stop}))
         progress(stop, count)
     return Pairs(arrays[0], arrays[1])

@@ -1,31 +1,36 @@
 """Purification training: clean targets, adversarial or noisy inputs, pixel + guided feature loss.
 
 Every batch and every draw is a function of (seed, step), so a run that was cut goes on exactly where
-its last checkpoint stood.
+its last checkpoint stood.  Under torchrun each process takes an equal share of every batch.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checkpoints import save_safetensors, write_atomically
+from ..checkpoints import load_state, read_safetensors, save_safetensors
 from ..config import PRESETS, IMPureConfig
 from ..draws import Draws, MixDraws
 from ..errors import CheckpointError, ConfigError, Error
+from ..images import write_atomically
 from ..model import IMPure
-from .data import PackedImages, adversarial_pairs, batches
+from .data import PackedImages, Pairs, adversarial_pairs, batches
 from .losses import guided_loss, pixel_loss
+
+Progress = Callable[[str, int, int, dict[str, float]], None]
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,7 @@ class TrainConfig:
 
     model: preset name.  steps, batch: optimiser steps and pictures a step.
     crop: side of a training picture; it is cut into tiles of the model's tile_size, as in use.
+    init: weights to begin from (a safetensors file); None begins from random ones.
     pairs: clean and adversarial views made before the first step, of side ``view``; the last ``held_out``
         pictures of the data are never used.
     lr, warmup, weight_decay, clip: AdamW (0.9, 0.95), linear warm-up steps, then cosine to 0.
@@ -42,19 +48,20 @@ class TrainConfig:
     """
 
     model: str = "impure_tiny"
+    init: str | None = None
     steps: int = 8000
     batch: int = 2
     crop: int = 192
     view: int = 224
-    pairs: int = 3400
+    pairs: int = 1700
     held_out: int = 190
     lr: float = 2e-3
     warmup: int = 200
     weight_decay: float = 0.05
     clip: float = 1.0
     pixel_weight: float = 1.0
-    guide_nodes: tuple[str, ...] = ("blocks.1", "blocks.3", "blocks.5", "classifier")
-    guide_weights: tuple[float, ...] = (0.5, 1.0, 1.0, 0.5)
+    guide_nodes: tuple[str, ...] = ("blocks.1", "blocks.3", "blocks.6", "global_pool", "classifier")
+    guide_weights: tuple[float, ...] = (0.05, 0.1, 0.3, 2.0, 0.5)
     mix_chunks: int = 4
     seed: int = 0
     save_every: int = 200
@@ -67,6 +74,21 @@ class TrainConfig:
             raise ConfigError(f"guide_weights={self.guide_weights}: give one for each of guide_nodes.")
         if self.mix_chunks == 1 or self.mix_chunks < 0:
             raise ConfigError(f"mix_chunks={self.mix_chunks}: must be 0 or at least 2.")
+
+    @classmethod
+    def from_file(cls, path: str | Path | None, **changes: Any) -> TrainConfig:
+        """From a JSON file of fields (a run's config.json is one), with ``changes`` in their place."""
+        values: dict[str, Any] = {}
+        if path is not None:
+            try:
+                values = json.loads(Path(path).read_text())
+            except (OSError, ValueError) as error:
+                raise ConfigError(f"{path} holds no training config: {error}.") from error
+        values |= changes
+        known = {field.name for field in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ConfigError(f"Unknown training fields {unknown}; known are {sorted(known)}.")
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
     @property
     def model_config(self) -> IMPureConfig:
@@ -137,18 +159,24 @@ def step_losses(
     images: Tensor,
     clean: Tensor,
     step: int,
+    first: int = 0,
 ) -> dict[str, Tensor]:
-    """Loss terms of one batch.  images, clean: [batch, 3, crop, crop] in [0, 1]."""
+    """Loss terms of a batch, or of the share of it that begins with picture ``first``.
+
+    images, clean: [n, 3, crop, crop] in [0, 1].
+    """
     tiles = to_tiles(images, model.config.tile_size)
-    seed = config.seed << 32 | step
-    draws = Draws.sample(model.config, tiles.shape, seed, training=True, device=images.device)
-    with torch.autocast(images.device.type, torch.bfloat16):
+    seed, n, device = config.seed << 32 | step, len(images), images.device
+    streams = torch.arange(len(tiles)) + first * (len(tiles) // n)
+    draws = Draws.sample(model.config, tiles.shape, seed, streams, training=True, device=device)
+    with torch.autocast(device.type, torch.bfloat16):
         prediction, _ = model.reconstruct(tiles, draws)
-    prediction = from_tiles(prediction.float(), len(images), config.crop)
+    prediction = from_tiles(prediction.float(), n, config.crop)
     mixing = None
     if config.mix_chunks:
         tokens = (config.crop // model.config.patch_size) ** 2
-        mixing = [MixDraws.sample(tokens, len(images), seed, max_chunks=config.mix_chunks, device=images.device)]
+        streams = torch.arange(n) + first
+        mixing = [MixDraws.sample(tokens, n, seed, streams, config.mix_chunks, device=device)]
     terms = {"pix": config.pixel_weight * pixel_loss(model, prediction, images, clean)}
     return terms | guided_loss(model, prediction, images, clean, [guide], [config.guide_weights], mixing)
 
@@ -174,28 +202,113 @@ def train(
     data: str | Path,
     output: str | Path,
     classifier: nn.Module,
-    progress: Callable[[str, int, int, dict[str, float]], None] = lambda phase, done, total, figures: None,
+    progress: Progress = lambda phase, done, total, figures: None,
     device: str = "cpu",
 ) -> bool:
     """Train, or go on with the run in ``output``; returns whether it reached its last step.
 
     data: packed npz.  classifier: ``classifiers.Normalised``, the attacked network and the guide.
+    progress(phase, done, total, figures) is called with the phases "pairs" and "train".
     Writes output/: config.json, pairs/, checkpoint.pt, log.jsonl, model.safetensors, curves.png.
     Raises Error where the loss is not finite or ``output`` holds a run of another config.
     """
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
+    rank, world = _processes()
+    if config.batch % world:
+        raise ConfigError(f"batch={config.batch}: must be a multiple of the {world} processes.")
     settings = json.loads(json.dumps(asdict(config)))
     stored = output / "config.json"
     if stored.exists() and json.loads(stored.read_text()) != settings:
         raise ConfigError(f"{output} holds a run of another config; choose another folder or repeat its options.")
-    write_atomically(stored, lambda path: Path(path).write_text(json.dumps(settings, indent=2) + "\n"))
 
     images = PackedImages(data)
     if len(images) <= config.held_out:
         raise ConfigError(f"held_out={config.held_out}: {data} has only {len(images)} pictures.")
     images.labels = images.labels[: len(images) - config.held_out]
-    pairs = adversarial_pairs(
+    if rank == 0:
+        write_atomically(stored, lambda path: Path(path).write_text(json.dumps(settings, indent=2) + "\n"))
+        _pairs(config, images, classifier, output, progress)
+    if world > 1:
+        dist.barrier()
+    pairs = _pairs(config, images, classifier, output, progress)
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        model = IMPure(config.model_config)
+    if config.init is not None:
+        load_state(model, read_safetensors(config.init)[1], config.init)
+    model.to(device).train()
+    guide = Guide(classifier.to(device), [f"network.{node}" for node in config.guide_nodes])
+    optimiser = torch.optim.AdamW(parameter_groups(model, config.weight_decay), lr=config.lr, betas=(0.9, 0.95))
+    start = _restore(output / "checkpoint.pt", model, optimiser)
+    log = _Log(output / "log.jsonl", start) if rank == 0 else None
+
+    def save(step: int) -> None:
+        state = {"step": step, "model": model.state_dict(), "optimizer": optimiser.state_dict()}
+        write_atomically(output / "checkpoint.pt", lambda path: torch.save(state, path))
+        save_safetensors(output / "model.safetensors", model.state_dict(), model.config, torch.float16)
+        plot_curves(output / "log.jsonl", output / "curves.png")
+
+    share = config.batch // world
+    mine = slice(rank * share, (rank + 1) * share)
+    with _Stop() as stop:
+        source = batches(pairs, batch=config.batch, crop=config.crop, seed=config.seed, start=start)
+        for step in range(start, config.steps):
+            began = time.perf_counter()
+            for group in optimiser.param_groups:
+                group["lr"] = learning_rate(config, step)
+            dirty, clean = (x[mine].to(device) for x in next(source))
+            terms = step_losses(model, config, guide, dirty, clean, step, rank * share)
+            loss = torch.stack(list(terms.values())).sum()
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            stopping = _share(model, terms, stop.wanted, world)
+            figures = {name: value.item() for name, value in terms.items()}
+            figures["loss"] = sum(figures.values())
+            if not math.isfinite(figures["loss"]):
+                raise Error(f"The loss is {figures['loss']} at step {step}: {figures}.")
+            norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+            optimiser.step()
+            figures |= {"grad_norm": norm.item(), "lr": learning_rate(config, step)}
+            figures["pictures_per_second"] = config.batch / (time.perf_counter() - began)
+            if log is not None:
+                log.write(step, figures)
+                progress("train", step + 1, config.steps, figures)
+                if stopping or (step + 1) % config.save_every == 0 or step + 1 == config.steps:
+                    save(step + 1)
+            if stopping:
+                return False
+    return True
+
+
+def _processes() -> tuple[int, int]:
+    """(rank, number of processes); joins the group that torchrun describes."""
+    if "RANK" not in os.environ:
+        return 0, 1
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    return dist.get_rank(), dist.get_world_size()
+
+
+def _share(model: nn.Module, terms: dict[str, Tensor], stop: bool, world: int) -> bool:
+    """Average gradients and loss terms over the processes in one message; whether any of them wants to stop."""
+    if world == 1:
+        return stop
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    values = torch.stack([*terms.values(), torch.tensor(float(stop))]).detach()
+    flat = torch.cat([*(g.flatten() for g in gradients), values]) / world
+    dist.all_reduce(flat)
+    *parts, values = flat.split([*(g.numel() for g in gradients), len(values)])
+    for gradient, part in zip(gradients, parts, strict=True):
+        gradient.copy_(part.view_as(gradient))
+    for name, value in zip(terms, values, strict=False):
+        terms[name] = value
+    return bool(values[-1] > 0)
+
+
+def _pairs(config: TrainConfig, images: PackedImages, classifier: nn.Module, output: Path, progress: Progress) -> Pairs:
+    return adversarial_pairs(
         output / "pairs",
         images,
         classifier,
@@ -204,47 +317,6 @@ def train(
         seed=config.seed,
         progress=lambda done, total: progress("pairs", done, total, {}),
     )
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        model = IMPure(config.model_config)
-    model.to(device).train()
-    guide = Guide(classifier.to(device), [f"network.{node}" for node in config.guide_nodes])
-    optimiser = torch.optim.AdamW(parameter_groups(model, config.weight_decay), lr=config.lr, betas=(0.9, 0.95))
-    start = _restore(output / "checkpoint.pt", model, optimiser)
-    log = _Log(output / "log.jsonl", start)
-
-    def save(step: int) -> None:
-        state = {"step": step, "model": model.state_dict(), "optimizer": optimiser.state_dict()}
-        write_atomically(output / "checkpoint.pt", lambda path: torch.save(state, path))
-        save_safetensors(output / "model.safetensors", model.state_dict(), model.config, torch.float16)
-        plot_curves(output / "log.jsonl", output / "curves.png")
-
-    with _Stop() as stop:
-        source = batches(pairs, batch=config.batch, crop=config.crop, seed=config.seed, start=start)
-        for step in range(start, config.steps):
-            began = time.perf_counter()
-            for group in optimiser.param_groups:
-                group["lr"] = learning_rate(config, step)
-            dirty, clean = (x.to(device) for x in next(source))
-            terms = step_losses(model, config, guide, dirty, clean, step)
-            loss = torch.stack(list(terms.values())).sum()
-            if not torch.isfinite(loss):
-                raise Error(f"The loss is {loss.item()} at step {step}: {({k: v.item() for k, v in terms.items()})}.")
-            optimiser.zero_grad(set_to_none=True)
-            loss.backward()
-            norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-            optimiser.step()
-            figures = {name: value.item() for name, value in terms.items()}
-            figures |= {"loss": loss.item(), "grad_norm": norm.item(), "lr": learning_rate(config, step)}
-            figures["pictures_per_second"] = config.batch / (time.perf_counter() - began)
-            log.write(step, figures)
-            progress("train", step + 1, config.steps, figures)
-            if stop.wanted or (step + 1) % config.save_every == 0 or step + 1 == config.steps:
-                save(step + 1)
-            if stop.wanted:
-                return False
-    return True
 
 
 def _restore(path: Path, model: nn.Module, optimiser: torch.optim.Optimizer) -> int:

@@ -10,10 +10,11 @@ from impure_fast.draws import MixDraws, grid_of
 from impure_fast.training.losses import guided_loss, pixel_loss
 
 TABLES = ("pos_embed", "decoder_pos_embed", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod")
-CHECKPOINTS = (
-    "embedded index_pos ids_shuffle ids_restore shuffled enc_block0 enc_mix latent noise_latent noised_image "
-    "embedded_noise head dec_in dec_block0 dec_out assembled patches pred_raw"
-).split()
+CHECKPOINTS = {
+    *("index_pos", "ids_shuffle", "ids_restore", "embedded", "shuffled", "enc_block0", "enc_mix", "latent"),
+    *("noised_image", "embedded_noise", "noise_latent", "head", "dec_in", "dec_block0", "dec_out"),
+    *("assembled", "patches", "pred_raw"),
+}
 
 
 class GoldenModel:

@@ -1,0 +1,69 @@
+# Each target first sets up what it needs in .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.stamp
+EXTRAS := cli,timm,hub,demo,attack,perceptual,train,bench,dev
+BUILD_TOOLS := setuptools wheel ninja pybind11
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow lint bench clean constraints
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+
+setup: $(STAMP) ## install the package, editable, with all extras into .venv
+
+$(STAMP): pyproject.toml setup.py constraints.txt
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+		{ echo "$(PYTHON) cannot make virtual environments; install its venv module (Debian, Ubuntu: apt install python3-venv) or set PYTHON=."; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade -c constraints.txt pip $(BUILD_TOOLS)
+	$(BIN)/python -m pip install --no-build-isolation -c constraints.txt -e ".[$(EXTRAS)]"
+	touch $@
+
+demo: $(STAMP) ## attack a classifier and defend it: demo.json, demo.png
+	$(BIN)/impure-fast demo --json demo.json --output demo.png
+
+test: $(STAMP) ## run the tests
+	$(BIN)/python -m pytest -q
+
+test-slow: $(STAMP) ## run the slow tests
+	$(BIN)/python -m pytest -q -m slow
+
+# The type checker cannot see that kernels/ is installed as impure_fast.kernels, so it reads a tree of links.
+lint: $(STAMP) ## check style, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null | xargs -r $(BIN)/clang-format --dry-run --Werror
+	rm -rf build/types && mkdir -p build/types/impure_fast
+	ln -s $(CURDIR)/impure_fast/* $(CURDIR)/kernels build/types/impure_fast/
+	cd build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p impure_fast
+
+bench: $(STAMP) ## run the benchmarks
+	@if ls benchmarks/*.py >/dev/null 2>&1; then $(BIN)/python -m pytest benchmarks --benchmark-only; \
+	else echo "There are no benchmarks yet."; fi
+
+clean: ## remove what was built; the next target sets up again
+	rm -rf build dist *.egg-info .benchmarks .mypy_cache .pytest_cache .ruff_cache demo.json demo.png
+	rm -f $(STAMP) impure_fast/_build.json impure_fast/*.so
+	find impure_fast kernels tests -name __pycache__ -prune -exec rm -rf {} +
+
+# CUDA's packages and triton follow torch by its own pins, so they are left out.
+define PIN
+import json, re, sys
+for item in sorted(json.load(sys.stdin)["install"], key=lambda item: item["metadata"]["name"].lower()):
+    meta = item["metadata"]
+    if not re.match(r"(nvidia|cuda|triton|impure.fast)\b", meta["name"]):
+        oldest = re.search(r">=\s*3\.(\d+)", meta.get("requires_python", ""))
+        marker = f'; python_version >= "3.{oldest[1]}"' if oldest and int(oldest[1]) > 10 else ""
+        print(f"{meta['name']}=={meta['version']}{marker}")
+endef
+export PIN
+constraints: ## renew constraints.txt: what the resolver picks today
+	$(PYTHON) -m venv --clear build/renew
+	build/renew/bin/python -m pip install --quiet --upgrade pip
+	build/renew/bin/python -m pip install --quiet --dry-run --ignore-installed --report build/renew/report.json \
+		pip $(BUILD_TOOLS) ".[$(EXTRAS)]"
+	{ head -n 3 constraints.txt; $(PYTHON) -c "$$PIN" < build/renew/report.json; } > build/renew/constraints.txt
+	mv build/renew/constraints.txt constraints.txt

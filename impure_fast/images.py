@@ -1,0 +1,241 @@
+"""Image files <-> uint8 arrays: finding, reading, writing and packing, whatever kind of picture a folder holds.
+
+H, W: height and width.  A file is written under a temporary name in its folder and renamed: whole or absent.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import secrets
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from .errors import ImageFileError, InputError, MissingFileError
+
+Pixels = NDArray[np.uint8]
+
+_JPEG: dict[str, Any] = {"format": "JPEG", "quality": 95, "subsampling": 0}
+_SAVE: dict[str, dict[str, Any]] = {
+    ".png": {"format": "PNG"},
+    ".jpg": _JPEG,
+    ".jpeg": _JPEG,
+    ".webp": {"format": "WEBP", "lossless": True, "exact": True},  # exact: colours under transparent pixels too
+}
+SUFFIXES = tuple(_SAVE)
+_READABLE = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # by content; the suffix of a file given by name is not asked
+_ORIENTATION = 0x0112  # EXIF tag; 1 is upright
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What ``read_image`` found in a file."""
+
+    rgb: Pixels  # [H, W, 3], upright
+    alpha: Pixels | None  # [H, W], to be put back on writing
+    warning: str | None  # a sentence about what was left out
+
+
+def find_images(paths: Iterable[str | Path], recursive: bool = False) -> list[tuple[Path, Path]]:
+    """Sorted (file, path relative to the given folder) of every image; a file given by name counts as it is.
+
+    A folder gives its files with one of SUFFIXES, in any case, and with ``recursive`` those of its sub-folders;
+    hidden ones are left out.  Raises MissingFileError, or ImageFileError for a folder without images.
+    """
+    found: set[tuple[Path, Path]] = set()
+    for path in map(Path, paths):
+        if os.path.isdir(path):
+            inside = _inside(path, recursive)
+            if not inside:
+                hint = "" if recursive else " --recursive (recursive=True) looks into its sub-folders."
+                raise ImageFileError(f"{path} holds no images ({' '.join(SUFFIXES)}).{hint}")
+            found.update((file, file.relative_to(path)) for file in inside)
+        elif os.path.exists(path):
+            found.add((path, Path(path.name)))
+        else:
+            raise MissingFileError(f"{path} does not exist.")
+    return sorted(found)
+
+
+def _inside(folder: Path, recursive: bool) -> list[Path]:
+    def fail(error: OSError) -> NoReturn:
+        raise ImageFileError(f"{error.filename} cannot be listed: {error.strerror}.") from error
+
+    found = []
+    for place, folders, names in os.walk(folder, onerror=fail):
+        folders[:] = [name for name in folders if recursive and not name.startswith(".")]
+        found += [Path(place, n) for n in names if Path(n).suffix.lower() in SUFFIXES and not n.startswith(".")]
+    return found
+
+
+def read_image(path: str | Path) -> Picture:
+    """The picture as a person sees it: first frame, turned by its EXIF tag, 8 bits, RGB.
+
+    Raises ImageFileError or MissingFileError naming the file.
+    """
+    path = Path(path)
+    image, animated = _load(path)
+    warning = f"{path} is animated; only its first frame is used." if animated else None
+    if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion would clip it
+        values = np.asarray(image).astype(np.uint32)
+        grey = ((values + 128) // 257).astype(np.uint8)  # 65535 -> 255, rounded
+        return Picture(np.repeat(grey[:, :, None], 3, axis=2), None, warning)
+    if image.has_transparency_data:  # an alpha channel, a palette with alpha or one transparent colour
+        rgba = np.asarray(image.convert("RGBA"))
+        return Picture(np.ascontiguousarray(rgba[:, :, :3]), np.ascontiguousarray(rgba[:, :, 3]), warning)
+    return Picture(np.array(image.convert("RGB")), None, warning)
+
+
+def _load(path: Path) -> tuple[Image.Image, bool]:
+    """The decoded first frame, upright, and whether there are others."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about odd metadata, which nobody here reads
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path, formats=_READABLE) as file:
+                # Cameras store a preview as a second picture (MPO); that is no animation.
+                animated = getattr(file, "is_animated", False) and file.format != "MPO"
+                file.load()
+                return ImageOps.exif_transpose(file), animated
+    except FileNotFoundError as error:
+        raise MissingFileError(f"{path} does not exist.") from error
+    except UnidentifiedImageError as error:
+        if os.path.getsize(path) == 0:
+            raise ImageFileError(f"{path} is empty (0 bytes).") from error
+        raise ImageFileError(f"{path} is not an image of a known kind ({', '.join(_READABLE)}).") from error
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise ImageFileError(
+            f"{path} unpacks to more than {Image.MAX_IMAGE_PIXELS:,} pixels, the limit that keeps a small file from "
+            "filling the memory (PIL.Image.MAX_IMAGE_PIXELS). Scale it down first."
+        ) from error
+    except OSError as error:
+        if error.errno is not None:
+            raise ImageFileError(f"{path} cannot be read: {error.strerror}.") from error
+        raise ImageFileError(f"{path} is damaged: {error}.") from error
+    except Exception as error:  # Pillow raises many kinds for damaged files
+        raise ImageFileError(f"{path} is damaged: {error}.") from error
+
+
+def write_image(path: str | Path, rgb: Pixels, alpha: Pixels | None = None) -> str | None:
+    """Write by suffix: PNG, WebP (lossless) or JPEG (quality 95, chroma at full size), making the folder if missing.
+
+    rgb: [H, W, 3]; alpha: [H, W], which a JPEG cannot hold: then a sentence saying so is returned.
+    Raises ImageFileError; a file already there stays as it was until the new one is whole.
+    """
+    path = Path(path)
+    options = _SAVE.get(path.suffix.lower())
+    if options is None:
+        raise ImageFileError(f"{path} has no suffix of a format that is written ({' '.join(SUFFIXES)}).")
+    dropped = options is _JPEG and alpha is not None
+    image = Image.fromarray(rgb if alpha is None or dropped else np.dstack((rgb, alpha)))
+    try:
+        write_atomically(path, lambda temporary: image.save(temporary, **options))
+    except (OSError, ValueError) as error:  # ValueError: sides too long for the format
+        _cannot_write(path, error)
+    return f"{path}: a JPEG holds no transparency, so it was dropped." if dropped else None
+
+
+def _cannot_write(path: Path, error: Exception) -> NoReturn:
+    raise ImageFileError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}.") from error
+
+
+def write_atomically(path: str | Path, write: Callable[[str], object]) -> None:
+    """Call ``write(temporary path)`` in the same folder, then rename: ``path`` is whole or absent.
+
+    Makes the folder if missing.  The temporary name keeps the suffix and goes away whatever happens.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".impure-fast-{secrets.token_hex(8)}{path.suffix}")
+    try:
+        write(str(temporary))
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def encode_jpeg(rgb: Pixels, quality: int, max_side: int | None = None) -> bytes:
+    """rgb: [H, W, 3] -> a JPEG with full-size chroma, scaled down where a side is longer than ``max_side``."""
+    image = Image.fromarray(rgb)
+    if max_side is not None:
+        image.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=quality, subsampling=0)
+    return buffer.getvalue()
+
+
+def jpeg_bytes(path: str | Path, quality: int, max_side: int | None = None) -> bytes:
+    """The file itself if it is an upright RGB JPEG that fits, otherwise its picture as ``encode_jpeg`` writes it.
+
+    Transparency is dropped.  Raises what ``read_image`` raises.
+    """
+    picture = read_image(path)  # also of a file that is kept as it is: a damaged one must not get through
+    with Image.open(path) as file:
+        fits = max_side is None or max(file.size) <= max_side
+        upright = file.getexif().get(_ORIENTATION, 1) == 1
+        keep = file.format == "JPEG" and file.mode == "RGB" and upright and fits
+    return Path(path).read_bytes() if keep else encode_jpeg(picture.rgb, quality, max_side)
+
+
+def write_packed(path: str | Path, jpegs: Sequence[bytes], labels: Sequence[int], names: Sequence[str]) -> None:
+    """The packed npz that ``PackedImages`` reads: jpeg, offsets, labels; and names.
+
+    Order is shuffled with a fixed seed, so that a prefix is a random subset; equal input gives equal bytes.
+    """
+    order = np.random.default_rng(0).permutation(len(jpegs))
+    arrays: dict[str, Any] = {
+        "jpeg": np.frombuffer(b"".join(jpegs[i] for i in order), np.uint8),
+        "offsets": np.cumsum([0, *(len(jpegs[i]) for i in order)], dtype=np.int64),
+        "labels": np.asarray(labels, np.int64)[order],
+        "names": np.asarray(names)[order],
+    }
+
+    def write(temporary: str) -> None:
+        with open(temporary, "wb") as file:  # given a name, numpy would append ".npz"
+            np.savez(file, **arrays)
+
+    try:
+        write_atomically(path, write)
+    except OSError as error:
+        _cannot_write(Path(path), error)
+
+
+class PackedImages:
+    """Read access to what ``write_packed`` writes: ``len``, ``images[i]`` -> uint8 [H, W, 3], ``labels`` [n] int64.
+
+    jpeg: all JPEG files one after another; offsets: n + 1 places in it; labels: -1 where unknown.
+    Nothing in the file is pickled.  Raises MissingFileError or InputError.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        if not Path(path).is_file():
+            raise MissingFileError(f"{path} does not exist; `impure-fast data` packs a folder of images.")
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                self._jpeg, self._offsets, self.labels = file["jpeg"], file["offsets"], file["labels"].astype(np.int64)
+        except (KeyError, ValueError, OSError) as error:
+            raise InputError(f"{path} is no packed image file (jpeg, offsets, labels): {error}") from error
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, i: int) -> Pixels:
+        data = self._jpeg[self._offsets[i] : self._offsets[i + 1]].tobytes()
+        return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+def random_view(image: Pixels, side: int, rng: np.random.Generator) -> Pixels:
+    """A random square crop of 70 to 100 % of the short side, scaled to ``side`` (bicubic), mirrored at random."""
+    height, width = image.shape[:2]
+    crop = int(min(height, width) * rng.uniform(0.7, 1.0))
+    top, left = rng.integers(height - crop + 1), rng.integers(width - crop + 1)
+    view = Image.fromarray(image[top : top + crop, left : left + crop]).resize((side, side), Image.Resampling.BICUBIC)
+    return np.asarray(view)[:, :: -1 if rng.random() < 0.5 else 1]

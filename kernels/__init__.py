@@ -1,0 +1,1 @@
+"""Triton kernels, installed as ``impure_fast.kernels``; there are none yet."""

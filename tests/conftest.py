@@ -1,0 +1,65 @@
+"""Small networks shared by the tests; no test needs a network, a GPU or shipped weights."""
+
+import contextlib
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: a test that asks the hub fails at once
+
+import pytest
+import torch
+
+from impure_fast import IMPure, IMPureConfig
+
+torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other, a hundredfold on a busy machine
+
+SMALL = IMPureConfig(
+    image_size=24,
+    patch_size=4,
+    embed_dim=32,
+    depth=2,
+    num_heads=4,
+    decoder_embed_dim=24,
+    decoder_depth=2,
+    decoder_num_heads=3,
+    out_indices=(0,),
+    tile_size=24,
+    tile_stride=16,
+)
+
+
+def small_config(**overrides):
+    """SMALL with other fields."""
+    return IMPureConfig.from_dict({**SMALL.to_dict(), **overrides})
+
+
+def small_model(seed=0, **overrides):
+    """A network of SMALL in which every weight is random, biases, norms and tokens too; eval mode."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = IMPure(small_config(**overrides))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model.eval()
+
+
+def random_images(*shape, seed=0, dtype=torch.float32):
+    """Uniform noise in [0, 1] of any shape; uint8 in 0..255."""
+    generator = torch.Generator().manual_seed(seed)
+    if dtype == torch.uint8:
+        return torch.randint(0, 256, shape, generator=generator, dtype=dtype)
+    return torch.rand(shape, generator=generator).to(dtype)
+
+
+@contextlib.contextmanager
+def global_generator_untouched():
+    """Fails if the block draws from torch's global CPU generator."""
+    before = torch.random.get_rng_state()
+    yield
+    assert torch.equal(before, torch.random.get_rng_state()), "the global generator was used"
+
+
+@pytest.fixture
+def hub():
+    """huggingface_hub, or a skip."""
+    return pytest.importorskip("huggingface_hub", reason="the extra hub is not installed")

@@ -1,0 +1,493 @@
+"""The command line: what each command writes, skips and refuses, its messages and its exit codes."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+import types
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from impure_fast import cli, zoo
+from impure_fast.checkpoints import read_safetensors, save_safetensors
+from impure_fast.images import PackedImages, read_image
+
+AS_ROOT = hasattr(os, "geteuid") and os.geteuid() == 0
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A network of one block each, small enough for a test."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = zoo.create_model("impure_tiny", depth=1, decoder_depth=1, out_indices=(0,))
+    path = tmp_path_factory.mktemp("weights") / "small.safetensors"
+    save_safetensors(path, model.state_dict(), model.config)
+    return path
+
+
+@pytest.fixture
+def run(capsys):
+    """run(*arguments) -> (exit code, stdout, stderr)."""
+
+    def call(*arguments):
+        with pytest.raises(SystemExit) as ended:
+            cli.main([str(a) for a in arguments])
+        return (ended.value.code or 0, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def purify(run, weights):
+    return lambda *arguments: run("purify", *arguments, "--model", weights, "--seed", 1)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder with two pictures and a sub-folder with one."""
+    folder = tmp_path / "photos"
+    for i, name in enumerate(("a.png", "b.jpg", "sub/c.webp")):
+        picture(folder / name, seed=i)
+    return folder
+
+
+def picture(path, seed=0, height=20, width=24, channels=3):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    values = np.random.default_rng(seed).integers(0, 256, (height, width, channels), dtype=np.uint8)
+    Image.fromarray(values.squeeze()).save(path)
+    return path
+
+
+def files(folder):
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def test_purify_one_file_is_the_models_purification(tmp_path, purify, weights):
+    source, out = picture(tmp_path / "a.png"), tmp_path / "new" / "b.png"
+    code, text, errors = purify(source, "-o", out)
+    assert (code, errors) == (0, "")
+    assert text.startswith("purified 1, skipped 0, failed 0; ")
+    image = torch.from_numpy(read_image(source).rgb).permute(2, 0, 1)
+    wanted = zoo.load(weights).purify(image, seed=1)
+    assert torch.equal(torch.from_numpy(read_image(out).rgb).permute(2, 0, 1), wanted)
+
+
+def test_purify_folder_keeps_structure(tmp_path, photos, purify):
+    assert purify(photos, "-o", tmp_path / "flat")[0] == 0
+    assert files(tmp_path / "flat") == ["a.png", "b.png"]
+    assert purify(photos, "-o", tmp_path / "deep", "--recursive", "--format", "webp")[0] == 0
+    assert files(tmp_path / "deep") == ["a.webp", "b.webp", "sub/c.webp"]
+
+
+def test_result_does_not_depend_on_the_other_files(tmp_path, photos, purify):
+    purify(photos, "-o", tmp_path / "all")
+    purify(photos / "b.jpg", "-o", tmp_path / "one")
+    assert (tmp_path / "all" / "b.png").read_bytes() == (tmp_path / "one" / "b.png").read_bytes()
+
+
+def test_without_a_seed_every_run_differs(tmp_path, photos, run, weights):
+    for name in ("x.png", "y.png"):
+        assert run("purify", photos / "a.png", "-o", tmp_path / name, "--model", weights)[0] == 0
+    assert (tmp_path / "x.png").read_bytes() != (tmp_path / "y.png").read_bytes()
+
+
+def test_steps_reach_the_model(tmp_path, photos, purify):
+    purify(photos / "a.png", "-o", tmp_path / "x.png")
+    purify(photos / "a.png", "-o", tmp_path / "y.png", "--image-step", 400, "--feature-step", 10, "--max-batch", 1)
+    assert (tmp_path / "x.png").read_bytes() != (tmp_path / "y.png").read_bytes()
+    code, _, errors = purify(photos / "a.png", "-o", tmp_path / "z.png", "--image-step", 1000)
+    assert (code, "'--image-step'" in errors) == (2, True)
+
+
+def test_alpha_comes_through(tmp_path, purify):
+    source = picture(tmp_path / "a.png", channels=4)
+    purify(source, "-o", tmp_path / "b.png")
+    assert np.array_equal(read_image(tmp_path / "b.png").alpha, read_image(source).alpha)
+    code, _, errors = purify(source, "-o", tmp_path / "b.jpg")
+    assert (code, errors) == (
+        0,
+        f"warning: {tmp_path / 'b.jpg'}: a JPEG holds no transparency, so it was dropped.\n",
+    )
+
+
+def test_broken_files_are_named_and_the_rest_goes_on(tmp_path, photos, purify):
+    (photos / "0.png").touch()
+    (photos / "z.png").write_text("no picture")
+    code, text, errors = purify(photos, tmp_path / "nowhere", "-o", tmp_path / "out")
+    assert code == 1
+    assert errors.splitlines() == [
+        f"error: {tmp_path / 'nowhere'} does not exist.",
+        f"error: {photos / '0.png'} is empty (0 bytes).",
+        f"error: {photos / 'z.png'} is not an image of a known kind (PNG, JPEG, WEBP, GIF, BMP).",
+    ]
+    assert text.startswith("purified 2, skipped 0, failed 3; ")
+    assert files(tmp_path / "out") == ["a.png", "b.png"]
+
+
+def test_folder_without_images(tmp_path, purify):
+    (tmp_path / "empty").mkdir()
+    code, text, errors = purify(tmp_path / "empty", "-o", tmp_path / "out")
+    assert (code, text) == (1, "purified 0, skipped 0, failed 1\n")
+    assert errors.startswith(f"error: {tmp_path / 'empty'} holds no images (.png .jpg .jpeg .webp).")
+    assert not (tmp_path / "out").exists()
+
+
+def test_existing_results_are_skipped_unless_overwritten(tmp_path, photos, purify):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "a.png").write_text("mine")
+    code, text, _ = purify(photos, "-o", out)
+    assert code == 0
+    assert text.startswith("purified 1, skipped 1 (results exist; --overwrite replaces them), failed 0; ")
+    assert (out / "a.png").read_text() == "mine"
+    assert purify(photos, "-o", out, "--overwrite")[1].startswith("purified 2, skipped 0, failed 0; ")
+    assert read_image(out / "a.png").rgb.shape == (20, 24, 3)
+
+
+@pytest.mark.parametrize("overwrite", [[], ["--overwrite"]])
+def test_an_input_is_never_overwritten(photos, purify, overwrite):
+    before = (photos / "a.png").read_bytes()
+    code, text, errors = purify(photos, "-o", photos, *overwrite)
+    assert code == 1
+    assert errors == (
+        f"error: {photos / 'a.png'}: its result would overwrite the input {photos / 'a.png'}; choose another folder.\n"
+    )
+    assert text.startswith("purified 1, skipped 0, failed 1; ")
+    assert (photos / "a.png").read_bytes() == before
+
+
+def test_another_input_under_another_name_is_never_overwritten(tmp_path, purify):
+    first, second = picture(tmp_path / "in" / "a.jpg"), picture(tmp_path / "in" / "a.png", seed=1)
+    (tmp_path / "link").symlink_to(tmp_path / "in")
+    before = second.read_bytes()
+    code, _, errors = purify(first, second, "-o", tmp_path / "link", "--overwrite")
+    assert code == 1
+    assert errors.count("would overwrite the input") == 2
+    assert second.read_bytes() == before
+
+
+def test_two_files_with_one_result(tmp_path, purify):
+    first, second = picture(tmp_path / "in" / "a.jpg"), picture(tmp_path / "in" / "a.png")
+    out = tmp_path / "out"
+    code, text, errors = purify(tmp_path / "in", second, first, "-o", out)  # naming a file twice does no harm
+    assert code == 1
+    assert text.startswith("purified 1, skipped 0, failed 1; ")
+    assert errors == f"error: {second}: {first} already becomes {out / 'a.png'}; purify it into another folder.\n"
+
+
+def test_results_in_a_sub_folder_are_not_purified_again(photos, purify):
+    for expected in ("purified 3, skipped 0", "purified 0, skipped 3"):
+        assert purify(photos, "-o", photos / "out", "--recursive")[1].startswith(expected)
+    assert files(photos / "out") == ["a.png", "b.png", "sub/c.png"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["in", "-o", "b.png"], "b.png is one image, but INPUT is a folder or more than one; name a folder instead."),
+        (["in/a.png", "in/a.png", "-o", "b.png"], "b.png is one image, but INPUT is a folder or more than one;"),
+        (["in/a.png", "-o", "b.png", "--format", "jpg"], "--format jpg contradicts b.png; leave one of them out."),
+        (["in/a.png", "-o", "note"], "note exists and is no folder; name a folder or an image (.png .jpg .jpeg .webp)"),
+        (["in/a.png", "-o", "out", "--device", "cuda:99"], "--device cuda:99 cannot be used here: "),
+        (["in/a.png", "-o", "out", "--model", "impure_huge"], "impure_huge is no shipped model and no file;"),
+    ],
+)
+def test_purify_refuses(tmp_path, monkeypatch, run, arguments, message):
+    picture(tmp_path / "in" / "a.png")
+    (tmp_path / "note").touch()
+    monkeypatch.chdir(tmp_path)
+    code, text, errors = run("purify", *arguments)
+    assert (code, text) == (1, "")
+    assert errors.startswith(f"error: {message}")
+    assert "Traceback" not in errors
+    assert files(tmp_path) == ["in/a.png", "note"]
+
+
+def test_suffix_jpeg_agrees_with_format_jpg(tmp_path, photos, purify):
+    assert purify(photos / "a.png", "-o", tmp_path / "b.JPEG", "--format", "jpg")[0] == 0
+    assert Image.open(tmp_path / "b.JPEG").format == "JPEG"
+
+
+def test_ctrl_c_ends_cleanly_and_the_same_command_goes_on(tmp_path, photos, purify, monkeypatch):
+    save, calls = Image.Image.save, []
+
+    def interrupted(image, name, **options):
+        calls.append(name)
+        save(image, name, **options)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Image.Image, "save", interrupted)
+    code, text, errors = purify(photos, "-o", tmp_path / "out")
+    assert (code, text) == (130, "")
+    assert errors == "interrupted; nothing is half-written, and the same command can be run again.\n"
+    assert files(tmp_path / "out") == ["a.png"]
+    assert purify(photos, "-o", tmp_path / "out")[1].startswith("purified 1, skipped 1 ")
+
+
+@pytest.mark.skipif(AS_ROOT, reason="the superuser may read and write everything")
+def test_output_without_permission(tmp_path, photos, purify):
+    (tmp_path / "out").mkdir(mode=0o500)
+    code, text, errors = purify(photos / "a.png", "-o", tmp_path / "out")
+    assert (code, text) == (1, "purified 0, skipped 0, failed 1\n")
+    assert errors == f"error: {tmp_path / 'out' / 'a.png'} cannot be written: Permission denied.\n"
+
+
+def test_bars_are_drawn_on_a_terminal(tmp_path, photos, purify, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes stderr for a terminal
+    code, text, errors = purify(photos, "-o", tmp_path / "out")
+    assert code == 0
+    assert "purifying" in errors
+    assert "\x1b" not in text
+
+
+def test_data_labels_class_folders(tmp_path, run):
+    for i, name in enumerate(("cat/1.jpg", "cat/deep/2.png", "dog/3.jpg", "loose.png")):
+        picture(tmp_path / "in" / name, seed=i, channels=4 if name.endswith("png") else 3)
+    (tmp_path / "in" / "bird").mkdir()  # a class without images keeps its place
+    out = tmp_path / "out.npz"
+    code, text, errors = run("data", tmp_path / "in", "-o", out, "--max-side", 22)
+    assert (code, text, errors) == (0, f"packed 4 images into {out}, failed 0\n", "")
+    images = PackedImages(out)
+    with np.load(out, allow_pickle=False) as file:
+        names = file["names"].tolist()
+    assert dict(zip(names, images.labels.tolist(), strict=True)) == {
+        "cat/1.jpg": 1,
+        "cat/deep/2.png": 1,
+        "dog/3.jpg": 2,
+        "loose.png": -1,
+    }
+    assert {images[i].shape[1:] for i in range(4)} == {(22, 3)}
+
+
+def test_data_keeps_jpegs_and_repeats_itself(tmp_path, photos, run):
+    for name in ("x.npz", "y.npz"):
+        assert run("data", photos, "-o", tmp_path / name)[0] == 0
+    assert (tmp_path / "x.npz").read_bytes() == (tmp_path / "y.npz").read_bytes()
+    assert (photos / "b.jpg").read_bytes() in (tmp_path / "x.npz").read_bytes()
+
+
+def test_data_names_broken_files(tmp_path, photos, run):
+    (photos / "bad.jpg").write_bytes((photos / "b.jpg").read_bytes()[:-99])
+    code, text, errors = run("data", photos, "-o", tmp_path / "out.npz")
+    assert (code, text) == (1, f"packed 3 images into {tmp_path / 'out.npz'}, failed 1\n")
+    assert errors.startswith(f"error: {photos / 'bad.jpg'} is damaged: ")
+
+
+def test_data_refuses(tmp_path, photos, run):
+    out = tmp_path / "out.npz"
+    assert run("data", photos, "-o", tmp_path / "out.zip")[2] == f"error: {tmp_path / 'out.zip'} must end in .npz.\n"
+    out.touch()
+    assert run("data", photos, "-o", out)[2] == f"error: {out} exists; --overwrite replaces it.\n"
+    assert run("data", photos, "-o", out, "--overwrite")[0] == 0
+    message = run("data", photos / "a.png", "-o", tmp_path / "new.npz")[2]
+    assert message.startswith(f"error: {photos / 'a.png'} is no folder; ")
+
+
+def test_data_cifar10(tmp_path, monkeypatch, run):
+    def cifar10(root, train, download):
+        assert not download
+        if train:
+            raise RuntimeError("Dataset not found or corrupted.")
+        return types.SimpleNamespace(data=np.zeros((2, 32, 32, 3), np.uint8), targets=[7, 3])
+
+    monkeypatch.setitem(sys.modules, "torchvision.datasets", types.SimpleNamespace(CIFAR10=cifar10))
+    assert run("data", tmp_path, "-o", tmp_path / "out.npz", "--cifar10", "test")[0] == 0
+    images = PackedImages(tmp_path / "out.npz")
+    assert (sorted(images.labels), images[0].shape) == ([3, 7], (32, 32, 3))
+    code, _, errors = run("data", tmp_path, "-o", tmp_path / "new.npz", "--cifar10", "train")
+    assert code == 1
+    assert errors.startswith(f"error: {tmp_path} does not hold CIFAR-10 as torchvision stores it")
+    assert f"CIFAR10('{tmp_path}', download=True)" in errors
+
+
+def official(path, weights, **extra):
+    config, state = read_safetensors(weights)
+    options = {"num_heads": config.num_heads, "decoder_num_heads": config.decoder_num_heads, "img_size": 64}
+    torch.save({"model": {**state, **extra}, "args": {**options, "out_indices": (0,)}}, path)
+    return path
+
+
+def test_convert(tmp_path, run, weights):
+    extra = {"hgds.0.weight": torch.zeros(1), "pos_embed": torch.zeros(1, 1025, 96)}
+    extra["sqrt_alphas_cumprod"] = torch.zeros(1000)
+    source, out = official(tmp_path / "in.pth", weights, **extra), tmp_path / "out.safetensors"
+    code, text, errors = run("convert", source, out, "--dtype", "fp16")
+    assert (code, errors) == (0, "")
+    assert text.splitlines() == [
+        f"wrote {out} (fp16)",
+        "dropped 3 (tables and guide networks, never needed)",
+        "missing 0",
+        "unexpected 0",
+    ]
+    assert {value.dtype for value in read_safetensors(out)[1].values()} == {torch.float16}
+    zoo.load(out)
+
+
+def test_convert_reports_and_refuses(tmp_path, run, weights):
+    source, out = official(tmp_path / "in.pth", weights, odd=torch.zeros(1)), tmp_path / "out.safetensors"
+    code, _, errors = run("convert", source, out)
+    assert code == 1
+    assert errors == f"error: {source} has extra odd. strict=False loads what fits.\n"
+    assert not out.exists()
+    assert "unexpected 1: odd" in run("convert", source, out, "--no-strict")[1]
+    assert run("convert", source, out)[2] == f"error: {out} exists; --overwrite replaces it.\n"
+    assert "must end in .safetensors" in run("convert", source, tmp_path / "out.pth")[2]
+    assert "missing.pth does not exist" in run("convert", tmp_path / "missing.pth", tmp_path / "new.safetensors")[2]
+
+
+@pytest.fixture
+def training(monkeypatch):
+    """Replaces the training itself; collects its arguments."""
+    from impure_fast import classifiers
+    from impure_fast.training import loop
+
+    calls = []
+
+    def train(config, data, output, classifier, progress, device):
+        calls.append((config, data, output, device))
+        progress("pairs", 1, 2, {})
+        progress("train", 1, config.steps, {"loss": 0.5})
+        return config.steps == 7
+
+    monkeypatch.setattr(loop, "train", train)
+    monkeypatch.setattr(classifiers, "efficientnet_lite0", torch.nn.Identity)
+    return calls
+
+
+def test_train_passes_only_what_was_given(tmp_path, run, training):
+    from impure_fast.training.loop import TrainConfig
+
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text('{"lr": 0.5, "crop": 128, "mix_chunks": 0, "guide_nodes": ["a"], "guide_weights": [2.0]}')
+    arguments = ["--data", tmp_path / "d.npz", "--output", tmp_path / "run", "--steps", 7, "--lr", 0.1]
+    code, text, errors = run("train", *arguments, "--config", recipe)
+    assert (code, errors) == (0, "")
+    assert text == f"trained; the weights are {tmp_path / 'run' / 'model.safetensors'}\n"
+    wanted = TrainConfig(steps=7, lr=0.1, crop=128, mix_chunks=0, guide_nodes=("a",), guide_weights=(2.0,))
+    assert training == [(wanted, tmp_path / "d.npz", tmp_path / "run", "cpu")]
+
+
+def test_interrupted_training_tells_how_to_go_on(tmp_path, run, training, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    code, text, errors = run("train", "--data", "d.npz", "--output", tmp_path, "--steps", 8)
+    assert (code, text) == (0, f"interrupted and saved in {tmp_path}; the same command goes on from there.\n")
+    assert "loss 0.5000" in errors
+
+
+def test_train_refuses(tmp_path, run, training):
+    recipe = tmp_path / "recipe.json"
+    for text, message in (
+        ('{"crop": 100}', "crop=100: must be a multiple of the tile (64) of at most view=224."),
+        ('{"speed": 1}', "Unknown training fields ['speed']; known are "),
+        ("{", f"{recipe} holds no training config: "),
+    ):
+        recipe.write_text(text)
+        code, _, errors = run("train", "--data", "d.npz", "--output", tmp_path, "--config", recipe)
+        assert code == 1
+        assert errors.startswith(f"error: {message}")
+
+
+def test_demo_passes_its_options(tmp_path, run, monkeypatch):
+    from impure_fast import demo
+
+    calls = []
+    monkeypatch.setattr(demo, "run", lambda **options: calls.append(options) or {"n": 3})
+    monkeypatch.setattr(demo, "table", lambda results: f"table of {results['n']}")
+    options = ("--json", tmp_path / "a.json", "--views", 3, "--data", "d.npz", "--attack-steps", 10)
+    assert run("demo", *options, "--image-step", 90) == (0, "table of 3\n", "")
+    del calls[0]["progress"]
+    assert calls == [
+        {
+            "json_path": tmp_path / "a.json",
+            "picture_path": cli.Path("demo.png"),
+            "model": "impure_tiny",
+            "views": 3,
+            "data": cli.Path("d.npz"),
+            "attack_steps": 10,
+            "image_step": 90,
+            "feature_step": None,
+        }
+    ]
+
+
+def test_info_json(run):
+    code, text, errors = run("info", "--json")
+    assert (code, errors) == (0, "")
+    report = json.loads(text)
+    assert set(report) == {"versions", "devices", "operators", "gpu", "build"}
+    assert set(report["versions"]) == {"impure_fast", "python", "torch", "triton", "timm", "numpy"}
+    assert list(report["operators"]) == [
+        "patch_mask",
+        "order",
+        "patch_mix",
+        "patch_assemble",
+        "reconstruction_attention",
+    ]
+    for row in report["operators"].values():
+        assert list(row) == ["reference", "cpp", "triton", "cuda"]
+        assert row["reference"] == {"can_run": True, "reasons": []}
+        for backend in ("cpp", "triton", "cuda"):
+            assert row[backend] == {
+                "can_run": False,
+                "reasons": ["not built: this version has the reference path only"],
+            }
+
+
+def test_info_for_people(run):
+    code, text, _ = run("info")
+    assert code == 0
+    for line in (
+        f"torch {torch.__version__}",
+        "triton: not built: this version has the reference path only.",
+        "No GPU path exists yet; nothing has run on a GPU.",
+    ):
+        assert line in text.splitlines()
+
+
+def test_models(run):
+    code, text, _ = run("models")
+    assert code == 0
+    row = next(line for line in text.splitlines() if "impure_base_patch16_224 " in line)
+    assert row.replace("│", " ").split()[1:6] == ["115.79", "M", "16", "448", "px"]
+    assert all(name in text for name in zoo.list_models())
+
+
+def test_any_error_is_one_line(run):
+    code, text, errors = run("purify", "nowhere.png", "-o", "nowhere-out", "--device", "cpu")
+    assert (code, text) == (1, "purified 0, skipped 0, failed 1\n")
+    assert errors == "error: nowhere.png does not exist.\n"
+
+
+def python(code):
+    root = os.path.dirname(os.path.dirname(cli.__file__))
+    return subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("package", ["typer", "rich"])
+def test_missing_extra_is_one_sentence(package):
+    ended = python(f"import sys; sys.modules[{package!r}] = None; from impure_fast.cli import main; main()")
+    assert (ended.returncode, ended.stdout, ended.stderr) == (1, "", f"{cli.MISSING}\n")
+    assert cli.MISSING == 'impure-fast needs the extra "cli": pip install "impure-fast[cli]".'
+
+
+def test_help_is_quick_and_loads_nothing_heavy():
+    code = """
+import sys
+from impure_fast.cli import main
+try:
+    main(["--help"])
+finally:
+    print(*{"torch", "numpy", "PIL", "timm"} & set(sys.modules), file=sys.stderr)
+"""
+    began = time.perf_counter()
+    ended = python(code)
+    assert time.perf_counter() - began < 3
+    assert (ended.returncode, ended.stderr.strip()) == (0, "")
+    for command in ("purify", "demo", "info", "models", "data", "convert", "train"):
+        assert command in ended.stdout

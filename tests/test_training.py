@@ -1,0 +1,248 @@
+"""The training loop on a toy network: what it learns from, what it refuses, and that it resumes exactly."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from impure_fast import Error, IMPure, IMPureConfig
+from impure_fast import config as config_module
+from impure_fast.classifiers import Normalised
+from impure_fast.draws import MixDraws
+from impure_fast.errors import CheckpointError, ConfigError, InputError, MissingFileError
+from impure_fast.images import PackedImages
+from impure_fast.ops.patch_mix import mix_mask, patch_mix
+from impure_fast.training.data import adversarial_pairs, batches
+from impure_fast.training.loop import (
+    Guide,
+    TrainConfig,
+    from_tiles,
+    learning_rate,
+    parameter_groups,
+    step_losses,
+    to_tiles,
+    train,
+)
+
+TOY = IMPureConfig(
+    image_size=8,
+    patch_size=4,
+    embed_dim=16,
+    depth=1,
+    num_heads=2,
+    decoder_embed_dim=16,
+    decoder_depth=1,
+    decoder_num_heads=2,
+    out_indices=(0,),
+    tile_size=16,
+    tile_stride=16,
+)
+
+
+@pytest.fixture
+def classifier():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 4, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
+    return Normalised(network, (0.5,) * 3, (0.5,) * 3).eval().requires_grad_(False)
+
+
+@pytest.fixture
+def settings(monkeypatch):
+    monkeypatch.setitem(config_module.PRESETS, "toy", TOY)
+    options = dict(steps=6, batch=2, crop=32, view=40, pairs=8, held_out=2, warmup=2, save_every=100)
+    return TrainConfig(model="toy", guide_nodes=("0", "4"), guide_weights=(1.0, 0.5), **options)
+
+
+@pytest.fixture
+def packed(tmp_path):
+    rng = np.random.default_rng(0)
+    files = []
+    for _ in range(10):
+        buffer = io.BytesIO()
+        low = rng.integers(0, 256, (6, 7, 3), dtype=np.uint8)
+        Image.fromarray(low).resize((60, 50), Image.Resampling.BICUBIC).save(buffer, "JPEG")
+        files.append(np.frombuffer(buffer.getvalue(), np.uint8))
+    path = tmp_path / "data.npz"
+    offsets = np.cumsum([0, *map(len, files)])
+    np.savez(path, jpeg=np.concatenate(files), offsets=offsets, labels=np.full(10, -1))
+    return path
+
+
+def weights(folder):
+    return torch.load(folder / "checkpoint.pt", weights_only=True)["model"]
+
+
+def test_a_run_stopped_by_sigterm_goes_on_to_the_same_weights(settings, packed, classifier, tmp_path):
+    def stop_at_three(phase, done, total, figures):
+        if phase == "train" and done == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    assert train(settings, packed, tmp_path / "whole", classifier)
+    assert not train(settings, packed, tmp_path / "cut", classifier, progress=stop_at_three)
+    assert train(settings, packed, tmp_path / "cut", classifier)
+    whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "cut" / "log.jsonl").read_text().splitlines()]
+    assert steps == list(range(6))
+    assert (tmp_path / "cut" / "curves.png").stat().st_size > 0
+    assert (tmp_path / "cut" / "model.safetensors").stat().st_size > 0
+
+
+def test_training_lowers_the_loss(settings, packed, classifier, tmp_path):
+    figures = []
+    longer = dataclasses.replace(settings, steps=100, lr=1e-2)
+    train(longer, packed, tmp_path / "run", classifier, progress=lambda p, d, t, f: figures.append(f.get("loss")))
+    losses = [x for x in figures if x is not None]
+    assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:5])
+
+
+def test_another_config_in_the_same_folder_is_refused(settings, packed, classifier, tmp_path):
+    train(dataclasses.replace(settings, steps=1), packed, tmp_path / "run", classifier)
+    with pytest.raises(ConfigError, match="run of another config"):
+        train(dataclasses.replace(settings, steps=1, lr=1.0), packed, tmp_path / "run", classifier)
+
+
+def test_a_damaged_checkpoint_is_named(settings, packed, classifier, tmp_path):
+    train(dataclasses.replace(settings, steps=1), packed, tmp_path / "run", classifier)
+    (tmp_path / "run" / "checkpoint.pt").write_bytes(b"PK\x03\x04 nothing")
+    with pytest.raises(CheckpointError, match=r"checkpoint.pt cannot be resumed from"):
+        train(dataclasses.replace(settings, steps=1), packed, tmp_path / "run", classifier)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(settings, packed, classifier, tmp_path):
+    with pytest.raises(Error, match="The loss is nan at step 0"):
+        train(dataclasses.replace(settings, pixel_weight=float("nan")), packed, tmp_path / "run", classifier)
+
+
+def test_missing_and_foreign_data_are_named(tmp_path):
+    with pytest.raises(MissingFileError, match="does not exist"):
+        PackedImages(tmp_path / "none.npz")
+    np.savez(tmp_path / "other.npz", a=1)
+    with pytest.raises(InputError, match="no packed image file"):
+        PackedImages(tmp_path / "other.npz")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"crop": 24}, "crop=24: must be a multiple of the tile"),
+        ({"crop": 48}, "of at most view=40"),
+        ({"guide_weights": (1.0,)}, "give one for each of guide_nodes"),
+        ({"mix_chunks": 1}, "mix_chunks=1: must be 0 or at least 2"),
+        ({"model": "nothing"}, "model='nothing': known presets"),
+    ],
+)
+def test_impossible_settings_are_refused(settings, change, message):
+    with pytest.raises(ConfigError, match=message):
+        dataclasses.replace(settings, **change)
+
+
+def test_a_guide_node_that_does_not_exist_is_named(classifier):
+    with pytest.raises(ConfigError, match="network.9"):
+        Guide(classifier, ["network.9"])
+
+
+def test_guide_features_are_the_modules_outputs(classifier):
+    x = torch.rand(2, 3, 16, 16)
+    features = Guide(classifier, ["network.0", "network.4"])(x)
+    assert list(features) == ["network.0", "network.4"]
+    torch.testing.assert_close(features["network.4"], classifier(x))
+
+
+def test_pairs_change_pixels_and_stay_within_eps(packed, classifier, tmp_path):
+    pairs = adversarial_pairs(tmp_path, PackedImages(packed), classifier, count=8, side=40, seed=1, batch=4)
+    change = pairs.adversarial.astype(int) - pairs.clean
+    assert 0 < np.abs(change).max() <= 14
+
+
+def test_pairs_cut_in_the_middle_are_finished_alike(packed, classifier, tmp_path):
+    class CutError(Exception):
+        pass
+
+    def cut(done, total):
+        raise CutError
+
+    options = dict(count=8, side=40, seed=1, batch=4)
+    images = PackedImages(packed)
+    whole = adversarial_pairs(tmp_path / "whole", images, classifier, **options)
+    with pytest.raises(CutError):
+        adversarial_pairs(tmp_path / "cut", images, classifier, progress=cut, **options)
+    resumed = adversarial_pairs(tmp_path / "cut", images, classifier, **options)
+    assert np.array_equal(whole.clean, resumed.clean)
+    assert np.array_equal(whole.adversarial, resumed.adversarial)
+    with pytest.raises(InputError, match="pairs of another recipe"):
+        adversarial_pairs(tmp_path / "cut", images, classifier, **{**options, "seed": 2})
+
+
+def test_batches_are_a_function_of_seed_and_step(packed, classifier, tmp_path):
+    pairs = adversarial_pairs(tmp_path, PackedImages(packed), classifier, count=8, side=40, seed=1)
+    source = batches(pairs, batch=2, crop=32, seed=3)
+    third = [next(source) for _ in range(3)][2]
+    again = next(batches(pairs, batch=2, crop=32, seed=3, start=2))
+    assert torch.equal(third[0], again[0])
+    assert torch.equal(third[1], again[1])
+    assert third[0].min() >= 0
+    assert third[0].max() <= 1
+
+
+def test_tiles_go_out_and_back():
+    pictures = torch.rand(2, 3, 32, 32)
+    tiles = to_tiles(pictures, 16)
+    assert torch.equal(tiles[1], pictures[0, :, :16, 16:])
+    assert torch.equal(from_tiles(tiles, 2, 32), pictures)
+
+
+def test_learning_rate_warms_up_and_falls_to_zero(settings):
+    rates = [learning_rate(settings, step) for step in range(settings.steps + 1)]
+    assert rates[0] == settings.lr / 2
+    assert rates[1] == rates[2] == settings.lr
+    assert rates[-1] == pytest.approx(0, abs=1e-12)
+    assert all(a > b for a, b in zip(rates[2:], rates[3:], strict=False))
+
+
+def test_weight_decay_reaches_the_authors_tensors():
+    """93 decayed and 176 undecayed tensors in the released model (SPEC section 6)."""
+    with torch.device("meta"):
+        groups = parameter_groups(IMPure(IMPureConfig()), 0.05)
+    assert [len(g["params"]) for g in groups] == [93, 176]
+    assert [g["weight_decay"] for g in groups] == [0.05, 0.0]
+
+
+def test_loss_terms_depend_on_the_mixing_switch(settings, classifier):
+    model = IMPure(TOY)
+    guide = Guide(classifier, ["network.0", "network.4"])
+    images, clean = torch.rand(2, 2, 3, 32, 32)
+    mixed = step_losses(model, settings, guide, images, clean, 0)
+    alone = step_losses(model, dataclasses.replace(settings, mix_chunks=0), guide, images, clean, 0)
+    assert list(mixed) == ["pix", "hgd0_loss", "hgd1_loss"]
+    assert mixed["pix"] == alone["pix"]
+    assert mixed["hgd0_loss"] != alone["hgd0_loss"]
+
+
+def test_mixing_shows_about_one_chunk_of_the_input():
+    tokens, patch = 196, 2
+    for seed in range(20):
+        draws = MixDraws.sample(tokens, 3, seed)
+        mask = mix_mask(draws, 14, 14, patch)
+        shares = 1 - mask.mean(dim=(1, 2, 3))
+        assert torch.allclose(shares, torch.full((3,), 1 / draws.chunks), atol=2 / tokens)
+        blocks = mask.view(3, 14, patch, 14, patch)
+        assert torch.equal(blocks, blocks[:, :, :1, :, :1].expand_as(blocks))
+
+
+def test_mixed_pixels_come_from_the_image_the_mask_names():
+    draws = MixDraws.sample(16, 2, 5)
+    mask = mix_mask(draws, 4, 4, 4).bool().expand(2, 3, 16, 16)
+    purified, images = torch.rand(2, 2, 3, 16, 16)
+    mixed = patch_mix(purified, images, draws, 4)
+    assert torch.equal(mixed[mask], purified[mask])
+    assert torch.equal(mixed[~mask], images[~mask])
