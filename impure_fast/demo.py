@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from . import zoo
+from . import __version__, zoo
 from .attacks import pgd
 from .classifiers import LITE0_MEAN, LITE0_SIZE, LITE0_STD, Normalised, efficientnet_lite0
 from .images import PackedImages, random_view, write_atomically
@@ -185,8 +185,9 @@ def run(
         "date": time.strftime("%Y-%m-%d"),
         "machine": {"processor": processor_name(), "threads": torch.get_num_threads()},
         "versions": {
+            "impure_fast": __version__,
             "python": platform.python_version(),
-            **{name: version(name) for name in ("impure-fast", "torch", "timm", "torchattacks")},
+            **{name: version(name) for name in ("torch", "timm", "torchattacks")},
         },
     }
     if json_path:

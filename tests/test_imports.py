@@ -22,8 +22,9 @@ LAYERS = (
     ("model",),
     ("zoo",),
     ("timm", "attacks", "classifiers", "engine", "integrations"),
-    ("training", "evaluation", "demo"),
+    ("training", "evaluation"),
     ("serving",),
+    ("demo",),
     ("cli",),
 )
 LAYER = {part: depth for depth, row in enumerate(LAYERS) for part in row}
