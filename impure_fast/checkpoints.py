@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import tempfile
 from dataclasses import dataclass
@@ -128,11 +129,13 @@ def split_official(content: Any, source: str) -> tuple[dict[str, Any], dict[str,
     options: dict[str, Any] = {}
     if isinstance(content, dict) and isinstance(content.get("model"), dict):
         args = content.get("args")
-        options = dict(vars(args)) if isinstance(args, argparse.Namespace) else dict(args or {})
+        args = vars(args) if isinstance(args, argparse.Namespace) else args
+        options = dict(args) if isinstance(args, dict) else {}
         content = content["model"]
-    if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+    entries = content.items() if isinstance(content, dict) else ()
+    if not entries or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in entries):
         raise CheckpointError(f"{source} is no checkpoint: wanted a state dict, or a dict with one under 'model'.")
-    return options, {key.removeprefix("module."): value for key, value in content.items()}
+    return options, {key.removeprefix("module."): value for key, value in entries}
 
 
 # Head counts, steps and masks leave no trace in shapes; the authors' programs fix them so.
@@ -149,9 +152,9 @@ def infer_config(state: dict[str, Tensor], options: dict[str, Any], source: str)
         d, _, p, _ = state["patch_embed.proj.weight"].shape
         e = state["decoder_embed.weight"].shape[0]
         head_inputs = state["decoder_head_embed.weight"].shape[1]
-        hidden = state["blocks.0.mlp.fc1.weight"].shape[0]
+        hidden, decoder_hidden = (state[f"{name}.0.mlp.fc1.weight"].shape[0] for name in ("blocks", "decoder_blocks"))
         sides = state["proj_weights"].shape[0] - 1
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, IndexError) as error:
         raise CheckpointError(f"{source} is no IMPure checkpoint: {error} is missing or of another shape.") from error
 
     def blocks(prefix: str) -> int:
@@ -161,6 +164,10 @@ def infer_config(state: dict[str, Tensor], options: dict[str, Any], source: str)
     def heads(width: int, each: int) -> int:
         return width // each if width % each == 0 else 1
 
+    ratio = max(hidden / d, decoder_hidden / e)
+    if int(d * ratio) < hidden or int(e * ratio) < decoder_hidden:  # the quotient was rounded down
+        ratio = math.nextafter(ratio, math.inf)
+
     known: dict[str, Any] = {
         "patch_size": p,
         "embed_dim": d,
@@ -169,7 +176,7 @@ def infer_config(state: dict[str, Tensor], options: dict[str, Any], source: str)
         "decoder_embed_dim": e,
         "decoder_depth": blocks("decoder_blocks"),
         "decoder_num_heads": heads(e, _DECODER_HEAD_WIDTH),
-        "mlp_ratio": hidden / d,
+        "mlp_ratio": ratio,
         "chunks": head_inputs // d + 1,
         "out_indices": tuple(range(0, 2 * sides, 2)),
         "random_mask": True,  # the evaluation script's fixed order is an option, not a weight

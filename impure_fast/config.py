@@ -6,6 +6,7 @@ The fields carry the field's usual names; ``from_official`` reads the option nam
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,20 +88,28 @@ class IMPureConfig:
             if not ok:
                 raise ConfigError(f"{field}={getattr(self, field)!r}: {wanted}.")
 
+        for field in dataclasses.fields(self):  # the annotations are strings: postponed evaluation
+            kind, value = str(field.type), getattr(self, field.name)
+            item, several = kind.removeprefix("tuple[").split(",")[0], kind.startswith("tuple[")
+            accepted = {"int": int, "float": (int, float), "bool": bool, "str": str}[item]
+            right = all(
+                isinstance(v, accepted) and isinstance(v, bool) == (item == "bool")
+                for v in (value if several and isinstance(value, tuple) else (value,))
+            )
+            need(right and isinstance(value, tuple) == several, field.name, f"must be {kind}")
         for name in ("image_size", "patch_size", "embed_dim", "num_heads", "decoder_embed_dim", "decoder_num_heads"):
-            value = getattr(self, name)
-            need(isinstance(value, int) and value > 0, name, "must be a positive integer")
+            need(getattr(self, name) > 0, name, "must be a positive integer")
         for name in ("depth", "decoder_depth"):
-            value = getattr(self, name)
-            need(isinstance(value, int) and value > 0, name, "must be at least one block")
+            need(getattr(self, name) > 0, name, "must be at least one block")
         for width, heads in (("embed_dim", "num_heads"), ("decoder_embed_dim", "decoder_num_heads")):
             w = getattr(self, width)
             need(w % 4 == 0, width, "must be a multiple of 4 (sin-cos positions)")
             need(w % getattr(self, heads) == 0, heads, f"must divide {width}={w}")
         need(self.image_size % self.patch_size == 0, "patch_size", f"must divide image_size={self.image_size}")
-        need(self.mlp_ratio > 0, "mlp_ratio", "must be positive")
-        chunks_ok = isinstance(self.num_chunks, int) and self.num_chunks >= 2
-        need(chunks_ok, "num_chunks", "must be an integer of at least 2")
+        narrow = min(self.embed_dim, self.decoder_embed_dim)
+        need(1 <= narrow * self.mlp_ratio < math.inf, "mlp_ratio", f"must give each MLP a hidden unit (width {narrow})")
+        need(0 <= self.norm_eps < math.inf, "norm_eps", "must be a number of at least 0")
+        need(self.num_chunks >= 2, "num_chunks", "must be an integer of at least 2")
         need(
             len(set(self.out_indices)) == len(self.out_indices) and all(0 <= i < self.depth for i in self.out_indices),
             "out_indices",
@@ -109,10 +118,7 @@ class IMPureConfig:
         for name in ("image_mask", "feature_mask"):
             need(getattr(self, name) in MASKS, name, 'must be "noise" or "mask"')
         for name in ("image_step", "feature_step"):
-            step = getattr(self, name)
-            need(
-                isinstance(step, int) and 0 <= step < NUM_STEPS, name, f"must be an integer step in 0..{NUM_STEPS - 1}"
-            )
+            need(0 <= getattr(self, name) < NUM_STEPS, name, f"must be an integer step in 0..{NUM_STEPS - 1}")
         for name in ("image_step_range", "feature_step_range"):
             pair = getattr(self, name)
             ok = len(pair) == 2 and 0 <= pair[0] < pair[1] <= NUM_STEPS
@@ -159,6 +165,8 @@ class IMPureConfig:
         """
         if options.get("pre_norm", True) is not True:
             raise ConfigError("pre_norm=False: only networks with input normalisation are supported.")
+        if options.get("in_chans", 3) != 3:
+            raise ConfigError(f"in_chans={options['in_chans']!r}: only networks of RGB images are supported.")
         known = {field.name for field in dataclasses.fields(cls)}
         values = {_OFFICIAL.get(key, key): value for key, value in options.items()}
         values = {key: value for key, value in values.items() if key in known and key not in _OFFICIAL_IGNORED}

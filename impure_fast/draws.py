@@ -61,7 +61,8 @@ def integers(seed: int, streams: Tensor, purpose: int, count: int, low: int, hig
 
 def normal(seed: int, streams: Tensor, purpose: int, count: int) -> Tensor:
     """Standard normals, float32, [N, count]: Box-Muller on the words (0, 1) and (2, 3) of each block."""
-    u = uniform(seed, streams, purpose, 4 * ((count + 3) // 4)).view(len(streams), -1, 2)  # [N, pairs, 2]
+    pairs = 2 * ((count + 3) // 4)
+    u = uniform(seed, streams, purpose, 2 * pairs).view(len(streams), pairs, 2)
     radius = (-2 * torch.log1p(-u[..., 0])).sqrt()
     angle = (2 * math.pi) * u[..., 1]
     return torch.stack((radius * angle.cos(), radius * angle.sin()), dim=2).flatten(1)[:, :count]
@@ -234,7 +235,7 @@ class Draws:
 
     def check(self, config: IMPureConfig, shape: Sequence[int]) -> None:
         """Raise InputError unless these draws fit images of ``shape`` and ``config``."""
-        _, _, chunk = grid_of(config, shape)
+        rows, cols, chunk = grid_of(config, shape)
         want_noise = (config.image_mask == "noise", config.feature_mask == "noise")
         have_noise = (self.image_noise is not None, self.feature_noise is not None)
         if tuple(shape) != self.shape:
@@ -245,6 +246,11 @@ class Draws:
         ):
             had = tuple(self.feature_step.shape if self.feature_noise is None else self.feature_noise.shape)
             raise InputError(f"Draws are of another config: feature draws have shape {had}, this one wants {features}.")
+        if tuple(self.order.shape) != (shape[0], rows * cols):
+            raise InputError(
+                f"Draws are of another config: order has shape {tuple(self.order.shape)}, "
+                f"this one wants {(shape[0], rows * cols)}."
+            )
         if want_noise != have_noise:
             raise InputError(f"Draws are of another config: noises (image, feature) {have_noise}, wanted {want_noise}.")
 

@@ -20,12 +20,16 @@ from torch import Tensor, nn
 from . import checkpoints
 from .config import NUM_STEPS, IMPureConfig
 from .draws import Draws, grid_of
-from .errors import ConfigError
+from .errors import ConfigError, InputTypeError
 from .ops import patch_assemble, reconstruction_attention
 from .ops.patch_assemble import unpatchify
 from .purify import purify_images
 
 Note = Callable[[str, Tensor], Tensor]
+
+
+def _ignore_tables(module: nn.Module, state: dict[str, Tensor], prefix: str, *rest: Any) -> None:
+    checkpoints.drop_tables(state, prefix)  # a named function, so that models can be pickled
 
 
 class Attention(nn.Module):
@@ -110,7 +114,7 @@ class IMPure(nn.Module):
     """The purifier.  State dict in the authors' names; tables and schedule are computed, never loaded.
 
     config: IMPureConfig; random weights by the authors' initialisation.
-    load_report: what ``load_official`` did with the keys of its file; None for other models.
+    load_report: what loading did with the keys of the file; None for random weights.
     """
 
     pos_embed: Tensor  # [1, 1 + T*T, D]
@@ -150,7 +154,7 @@ class IMPure(nn.Module):
             ("sqrt_one_minus_alphas_cumprod", noise),
         ):
             self.register_buffer(name, value, persistent=False)
-        self.register_load_state_dict_pre_hook(lambda _, state, prefix, *rest: checkpoints.drop_tables(state, prefix))
+        self.register_load_state_dict_pre_hook(_ignore_tables)
         self._init_weights()
 
     def _init_weights(self) -> None:
@@ -232,6 +236,10 @@ class IMPure(nn.Module):
         keep: names of checkpoints to return (SPEC section 9), for instance ("latent", "dec_out").
         Returns the prediction in normalised units ([N, 3, H, W]; [N, L, 3pp] without pixel_conv) and the checkpoints.
         """
+        if not images.is_floating_point():
+            raise InputTypeError(
+                f"images has dtype {images.dtype}; wanted floats in [0, 1] (model.purify takes uint8)."
+            )
         draws.check(self.config, images.shape)
         kept: dict[str, Tensor] = {}
 
@@ -257,7 +265,7 @@ class IMPure(nn.Module):
         x = self.normalise(images)
         tokens = note("shuffled", embed(x, "embedded"))
         heads, latents = self.encode(tokens, note)
-        clean = self.decoder_embed_norm(self.decoder_embed(latents)).view(n, k, m, -1)
+        clean = self.decoder_embed_norm(self.decoder_embed(latents)).view(n, k, m, c.decoder_embed_dim)
 
         noised = None
         if c.image_mask == "noise":
@@ -265,7 +273,7 @@ class IMPure(nn.Module):
             noised_image = note("noised_image", self.add_noise(x, draws.image_step, draws.image_noise))
             tokens = embed(noised_image, "embedded_noise")
             _, latents = self.encode(tokens, lambda name, x: note("noise_latent", x) if name == "latent" else x)
-            noised = self.decoder_embed_norm(self.decoder_embed(latents)).view(n, k, m, -1)
+            noised = self.decoder_embed_norm(self.decoder_embed(latents)).view(n, k, m, c.decoder_embed_dim)
 
         others = torch.tensor([[j for j in range(k) if j != i] for i in range(k)], device=images.device)  # [K, K-1]
         heads = heads.view(n, k, c.embed_dim)[:, others].flatten(2)  # [N, K, (K-1)*D]
@@ -309,7 +317,7 @@ class IMPure(nn.Module):
             draws whatever the batch.
         draws: given ``Draws`` for the padded images or tiles, in place of seed and streams.
         clamp: cut the result to [0, 1].
-        max_batch: tiles a network call; bounds memory (default about 1 GiB), changes nothing in the result.
+        max_batch: tiles a network call; bounds memory (default well under 1 GiB), changes nothing in the result.
         image_step, feature_step: masking strength in 0..999, in place of the config's; larger hides more.
         check: refuse images outside [0, 1] (costs a synchronisation on a GPU).
 
@@ -346,5 +354,5 @@ class IMPure(nn.Module):
     def from_state(cls, config: IMPureConfig, state: dict[str, Tensor], source: str, strict: bool = True) -> IMPure:
         """A model in eval mode, fp32, from a state dict; ``source`` names the weights in messages."""
         model = cls(config)
-        checkpoints.load_state(model, state, source, strict=strict)
+        model.load_report = checkpoints.load_state(model, state, source, strict=strict)
         return model.eval()

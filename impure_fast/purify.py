@@ -19,7 +19,7 @@ from .config import IMPureConfig
 from .draws import Draws, fresh_seed
 from .errors import InputError, InputTypeError
 
-TILE_MEMORY = 512 * 2**20  # bytes of activations that one network call may take by default
+TILE_MEMORY = 256 * 2**20  # bytes of activations that one network call may take by default
 
 
 class Network(Protocol):
@@ -119,12 +119,15 @@ def over_tiles(images: Tensor, config: IMPureConfig, function: Callable[[Tensor,
         ),
         dim=1,
     )
+    del columns  # as large as the tiles; of a big picture each is twice the picture
     done = function(tiles, index)
+    del tiles
     if count == 1:
         return done[:, :, :height, :width]
     window = _ramp(th, stride[0], done)[:, None] * _ramp(tw, stride[1], done)  # [h, w]
-    columns = (done * window).view(n, count, -1).transpose(1, 2)
-    total = F.fold(columns, shape, (th, tw), stride=stride)
+    done = done * window
+    total = F.fold(done.view(n, count, -1).transpose(1, 2), shape, (th, tw), stride=stride)
+    del done
     weight = F.fold(window.reshape(1, -1, 1).expand(1, -1, count), shape, (th, tw), stride=stride)
     return (total / weight)[:, :, :height, :width]
 
@@ -252,8 +255,8 @@ class PurifiedClassifier(nn.Module):
             raise InputError(f'clamp={clamp!r}: wanted True, False or "straight-through".')
         if samples < 1:
             raise InputError(f"samples={samples}: wanted at least 1.")
-        if len(mean) != 3 or len(std) != 3:
-            raise InputError(f"mean={tuple(mean)}, std={tuple(std)}: wanted three channels each.")
+        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+            raise InputError(f"mean={tuple(mean)}, std={tuple(std)}: wanted three channels each, std positive.")
         self.classifier, self.purifier = classifier, purifier
         self.size = (size, size) if isinstance(size, int) else size
         self.mode, self.samples, self.clamp = mode, samples, clamp
@@ -284,4 +287,4 @@ class PurifiedClassifier(nn.Module):
     def _classify(self, images: Tensor) -> Tensor:
         if self.size is not None and tuple(images.shape[2:]) != self.size:
             images = F.interpolate(images, self.size, mode="bilinear", antialias=True)
-        return self.classifier((images - self.mean) / self.std)
+        return self.classifier((images.to(self.mean.dtype) - self.mean) / self.std)

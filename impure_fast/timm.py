@@ -35,10 +35,10 @@ def _cfg(name: str, file: Path | None = None) -> dict[str, Any]:
     return cfg if file is None else {**cfg, "file": str(file), "license": "apache-2.0"}
 
 
-def _all_cfgs() -> dict[str, dict[str, Any]]:
+def _all_cfgs() -> dict[str, Any]:
     """One entry a shipped weight ("preset.tag", the default tag first), one bare entry for the other presets."""
     files = zoo.shipped()
-    cfgs = {}
+    cfgs: dict[str, Any] = {}
     for name in PRESETS:
         tagged = [key for key in files if key.rpartition(".")[0] == name]
         tagged.sort(key=lambda key: (not key.endswith(f".{zoo.DEFAULT_TAG}"), key))
