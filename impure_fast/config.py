@@ -91,7 +91,7 @@ class IMPureConfig:
         for field in dataclasses.fields(self):  # the annotations are strings: postponed evaluation
             kind, value = str(field.type), getattr(self, field.name)
             item, several = kind.removeprefix("tuple[").split(",")[0], kind.startswith("tuple[")
-            accepted = {"int": int, "float": (int, float), "bool": bool, "str": str}[item]
+            accepted: Any = {"int": int, "float": (int, float), "bool": bool, "str": str}[item]
             right = all(
                 isinstance(v, accepted) and isinstance(v, bool) == (item == "bool")
                 for v in (value if several and isinstance(value, tuple) else (value,))

@@ -146,7 +146,7 @@ def run(
     attacked = {"clean": chosen.images}
     for eps in EPS:
         progress(f"attacking {len(labels)} pictures: PGD-{attack_steps}, {eps}/255")
-        options = dict(eps=eps / 255, steps=attack_steps, step_size=eps / 4 / 255, seed=SEED, batch=BATCH)
+        options: dict[str, Any] = dict(eps=eps / 255, steps=attack_steps, step_size=eps / 4 / 255, seed=SEED)
         attacked[str(eps)] = pgd(classifier, chosen.images, labels, **options)
 
     progress("purifying")

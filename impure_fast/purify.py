@@ -274,7 +274,8 @@ class PurifiedClassifier(nn.Module):
         else:
             streams = (torch.arange(n) + self._used) % 2**32
             self._used += n
-        purified = self.purifier.purify(images, seed=self.seed, streams=streams, clamp=self.clamp is True, **self.steps)
+        purify: Any = self.purifier.purify
+        purified = purify(images, seed=self.seed, streams=streams, clamp=self.clamp is True, **self.steps)
         return _PassThroughClamp.apply(purified) if self.clamp == "straight-through" else purified
 
     def forward(self, images: Tensor) -> Tensor:
