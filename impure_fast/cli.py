@@ -41,7 +41,6 @@ BACKENDS: dict[str, tuple[str, ...]] = {
     "triton": (_NOT_BUILT,),
     "cuda": (_NOT_BUILT,),
 }
-OPERATORS = ("patch_mask", "order", "patch_mix", "patch_assemble", "reconstruction_attention")
 GPU_STATE = "No GPU path exists yet; nothing has run on a GPU."
 
 
@@ -258,6 +257,7 @@ def _info() -> dict[str, Any]:
     """What ``info`` shows."""
     import torch
 
+    from . import ops
     from .demo import processor_name
 
     def installed(name: str) -> str | None:
@@ -280,7 +280,7 @@ def _info() -> dict[str, Any]:
             "cpu": {"name": processor_name(), "threads": torch.get_num_threads()},
             "cuda": [torch.cuda.get_device_name(i) for i in cuda],
         },
-        "operators": dict.fromkeys(OPERATORS, cell),
+        "operators": dict.fromkeys(ops.__all__, cell),
         "gpu": GPU_STATE,
         "build": json.loads(build.read_text()) if build.exists() else None,
     }

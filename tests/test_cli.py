@@ -422,13 +422,7 @@ def test_info_json(run):
     report = json.loads(text)
     assert set(report) == {"versions", "devices", "operators", "gpu", "build"}
     assert set(report["versions"]) == {"impure_fast", "python", "torch", "triton", "timm", "numpy"}
-    assert list(report["operators"]) == [
-        "patch_mask",
-        "order",
-        "patch_mix",
-        "patch_assemble",
-        "reconstruction_attention",
-    ]
+    assert list(report["operators"]) == ["patch_assemble", "patch_mix", "reconstruction_attention"]
     for row in report["operators"].values():
         assert list(row) == ["reference", "cpp", "triton", "cuda"]
         assert row["reference"] == {"can_run": True, "reasons": []}

@@ -185,9 +185,10 @@ def test_pairs_cut_in_the_middle_are_finished_alike(packed, classifier, tmp_path
 
 def test_batches_are_a_function_of_seed_and_step(packed, classifier, tmp_path):
     pairs = adversarial_pairs(tmp_path, PackedImages(packed), classifier, count=8, side=40, seed=1)
-    source = batches(pairs, batch=2, crop=32, seed=3)
+    options = dict(batch=2, crop=32, seed=3, adversarial=0.5, noisy=0.2)
+    source = batches(pairs, **options)
     third = [next(source) for _ in range(3)][2]
-    again = next(batches(pairs, batch=2, crop=32, seed=3, start=2))
+    again = next(batches(pairs, **options, start=2))
     assert torch.equal(third[0], again[0])
     assert torch.equal(third[1], again[1])
     assert third[0].min() >= 0

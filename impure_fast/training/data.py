@@ -79,11 +79,13 @@ def adversarial_pairs(
     return Pairs(arrays[0], arrays[1])
 
 
-def batches(pairs: Pairs, *, batch: int, crop: int, seed: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(
+    pairs: Pairs, *, batch: int, crop: int, seed: int, adversarial: float, noisy: float, start: int = 0
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Endless (input, clean) batches, float [batch, 3, crop, crop]; step ``start`` on is a function of the seed.
 
-    An image is adversarial (60 %), clean (25 %) or carries sign noise of 2 to 14/255 (15 %); adversarial
-    perturbations are scaled by 0.4 to 1.1.  Crops are random, the same for both.
+    Of the inputs a share ``adversarial`` carries its perturbation, scaled by 0.4 to 1.1, a share ``noisy``
+    sign noise of 2 to 14/255, and the rest nothing.  Crops are random, the same for both.
     """
     step = start
     n, side = pairs.clean.shape[:2]
@@ -97,9 +99,9 @@ def batches(pairs: Pairs, *, batch: int, crop: int, seed: int, start: int = 0) -
             window = np.s_[top : top + crop, left : left + crop]
             clean = pairs.clean[i][window].astype(np.float32) / 255
             kind = rng.random()
-            if kind < 0.6:
+            if kind < adversarial:
                 change = (pairs.adversarial[i][window].astype(np.float32) / 255 - clean) * rng.uniform(0.4, 1.1)
-            elif kind < 0.75:
+            elif kind < adversarial + noisy:
                 change = rng.choice([-1, 1], clean.shape) * rng.uniform(2 / 255, 14 / 255)
             else:
                 change = 0

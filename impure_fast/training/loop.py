@@ -42,6 +42,7 @@ class TrainConfig:
     init: weights to begin from (a safetensors file); None begins from random ones.
     pairs: clean and adversarial views made before the first step, of side ``view``; the last ``held_out``
         pictures of the data are never used.
+    adversarial, noisy: shares of the inputs with a perturbation and with sign noise; the others are clean.
     lr, warmup, weight_decay, clip: AdamW (0.9, 0.95), linear warm-up steps, then cosine to 0.
     guide_nodes, guide_weights: nodes of EfficientNet-Lite0 and the weights of their L1 terms.
     mix_chunks: at most this many chunks in patch mixing (SPEC section 5); 0 shows the guide no input patches.
@@ -55,6 +56,8 @@ class TrainConfig:
     view: int = 224
     pairs: int = 1700
     held_out: int = 190
+    adversarial: float = 0.6
+    noisy: float = 0.15
     lr: float = 2e-3
     warmup: int = 200
     weight_decay: float = 0.05
@@ -254,7 +257,15 @@ def train(
     share = config.batch // world
     mine = slice(rank * share, (rank + 1) * share)
     with _Stop() as stop:
-        source = batches(pairs, batch=config.batch, crop=config.crop, seed=config.seed, start=start)
+        source = batches(
+            pairs,
+            batch=config.batch,
+            crop=config.crop,
+            seed=config.seed,
+            adversarial=config.adversarial,
+            noisy=config.noisy,
+            start=start,
+        )
         for step in range(start, config.steps):
             began = time.perf_counter()
             for group in optimiser.param_groups:

@@ -1,0 +1,88 @@
+"""The shipped weights: they are what their card says, and they do purify."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from impure_fast import attacks, demo, load
+from impure_fast.classifiers import LITE0_MEAN, LITE0_STD, Normalised, efficientnet_lite0
+from impure_fast.training.loop import TrainConfig
+from impure_fast.zoo import shipped, weights_folder
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+RECIPES = ROOT / "impure_fast" / "training" / "recipes"
+
+
+def test_the_default_model_is_shipped_with_its_card():
+    assert "impure_tiny.standard" in shipped()
+    for path in shipped().values():
+        card = path.with_suffix(".md").read_text()
+        for heading in ("Data", "Recipe", "Figures", "Limits"):
+            assert re.search(rf"^## {heading}", card, re.MULTILINE), f"{path.stem}: no section {heading}"
+
+
+def test_weights_are_small_enough_to_ship():
+    total = sum(path.stat().st_size for path in weights_folder().glob("*.safetensors"))
+    assert total <= 24e6
+    assert sum(p.numel() for p in load("impure_tiny").parameters()) <= 1.5e6
+
+
+def test_names_with_and_without_the_tag_are_one_model():
+    a, b = load("impure_tiny").state_dict(), load("impure_tiny.standard").state_dict()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.json")), ids=lambda path: path.stem)
+def test_recipes_are_valid_and_named_in_the_card(path):
+    TrainConfig.from_file(path)
+    assert path.name in (weights_folder() / "impure_tiny.standard.md").read_text()
+
+
+def test_purification_brings_decisions_back():
+    """Ten attacked views of five photographs; the whole measurement is `make demo`."""
+    classifier = Normalised(efficientnet_lite0(), LITE0_MEAN, LITE0_STD).eval()
+    views = demo.photograph_views(classifier, 10)
+    labels = demo.decide(classifier, views.images).argmax(dim=1)
+    attacked = attacks.pgd(classifier, views.images, labels, eps=8 / 255, steps=5, step_size=3 / 255, seed=0)
+    purified = load("impure_tiny").purify(attacked, seed=0)
+
+    def accuracy(images):
+        return views.accuracy(demo.decide(classifier, images).argmax(dim=1))
+
+    assert accuracy(attacked) <= 20
+    assert accuracy(purified) >= accuracy(attacked) + 30
+    assert demo.psnr(purified, views.images) > 20
+
+
+def rows(name):
+    """The README's lines of one committed result."""
+    r = json.loads((RESULTS / name).read_text())
+    table = {
+        "no defence": {"clean": r["clean"], **r["attacked"]},
+        "JPEG, quality 75": r["baselines"]["jpeg75"],
+        "Gaussian blur, sigma 1": r["baselines"]["blur"],
+        "`impure_tiny`": {"clean": r["purified_clean"], **r["purified"]},
+    }
+    return [
+        f"| {key} | " + " | ".join(f"{row[c]:.1f}" for c in ("clean", "4", "8")) + " |" for key, row in table.items()
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "result"),
+    [
+        ("README.md", "impure_tiny-nips17.json"),
+        ("impure_fast/weights/impure_tiny.standard.md", "impure_tiny-nips17.json"),
+        ("impure_fast/weights/impure_tiny.standard.md", "impure_tiny-demo.json"),
+    ],
+)
+def test_tables_say_what_the_measurement_said(text, result):
+    lines = (ROOT / text).read_text().splitlines()
+    for row in rows(result):
+        assert row in lines
