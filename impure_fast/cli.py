@@ -198,6 +198,9 @@ def demo(
         Path | None, typer.Option(metavar="FILE", help="Packed ImageNet pictures in place of the photographs.")
     ] = None,
     attack_steps: Annotated[int, typer.Option(min=1, help="Steps of the PGD attack.")] = 20,
+    white_box: Annotated[
+        int, typer.Option(min=0, help="Attack so many pictures through the purifier as well (slow).")
+    ] = 0,
     image_step: Annotated[
         int | None, typer.Option(min=0, max=NUM_STEPS - 1, help="Noise on the image; more hides more.")
     ] = None,
@@ -217,6 +220,7 @@ def demo(
         views=views,
         data=data,
         attack_steps=attack_steps,
+        white_box=white_box,
         image_step=image_step,
         feature_step=feature_step,
         progress=_say,

@@ -410,6 +410,7 @@ def test_demo_passes_its_options(tmp_path, run, monkeypatch):
             "views": 3,
             "data": cli.Path("d.npz"),
             "attack_steps": 10,
+            "white_box": 0,
             "image_step": 90,
             "feature_step": None,
         }

@@ -33,7 +33,7 @@ def weights(tmp_path_factory):
 @pytest.fixture(scope="module")
 def results(tmp_path_factory, weights):
     folder = tmp_path_factory.mktemp("demo")
-    options = dict(model=str(weights), views=5, attack_steps=2)
+    options = dict(model=str(weights), views=5, attack_steps=2, white_box=2)
     return demo.run(folder / "demo.json", folder / "demo.png", **options), folder
 
 
@@ -46,6 +46,7 @@ def test_figures_have_the_promised_keys_and_are_written(results):
     assert all(set(row) == {"clean", "4", "8"} for row in figures["baselines"].values())
     assert json.loads((folder / "demo.json").read_text()) == figures
     assert figures["n"] == 5
+    assert figures["white_box"]["n"] == 2
 
 
 def test_views_are_right_when_clean_and_the_attack_works(results):
@@ -68,13 +69,16 @@ def test_the_picture_has_a_row_for_each_photograph(results):
     assert height > width * 5 / 4 * 0.9
 
 
-def test_the_table_says_what_the_attacker_does_not_know(results):
+def test_the_table_says_what_the_attacker_knows(results):
     from rich.console import Console
 
     out = io.StringIO()
     Console(width=120, file=out).print(demo.table(results[0]))
     text = out.getvalue()
-    assert "does not know the purifier" in text
+    assert "An attacker who knows the purifier (2 pictures) leaves" in text
+    out.truncate(0)
+    Console(width=120, file=out).print(demo.table({**results[0], "white_box": {}}))
+    assert "does not know the purifier" in out.getvalue()
     for name in ("none", "JPEG, quality 75", "Gaussian blur, sigma 1", "attacked 8/255"):
         assert name in text
 
