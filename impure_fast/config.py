@@ -192,12 +192,12 @@ _TINY = IMPureConfig(
     decoder_depth=2,
     decoder_num_heads=2,
     out_indices=(0, 1, 2),
-    image_step=130,
-    feature_step=160,
+    image_step=90,
+    feature_step=110,
     image_step_range=(32, 260),
     feature_step_range=(40, 320),
     tile_size=64,
-    tile_stride=48,
+    tile_stride=32,
 )
 
 PRESETS: dict[str, IMPureConfig] = {

@@ -54,6 +54,7 @@ def test_wheel_holds_the_package_and_nothing_else(tree):
         (scripts,) = (archive.read(name).decode() for name in archive.namelist() if name.endswith("entry_points.txt"))
     package, weights = tree / "impure_fast", tree / "impure_fast/weights"
     files = [*package.rglob("*.py"), package / "py.typed", *weights.glob("*.safetensors"), *weights.glob("*.md")]
+    files += package.glob("training/recipes/*.json")
     wanted = {str(path.relative_to(tree)) for path in files}
     wanted |= {f"impure_fast/{path.relative_to(tree)}" for path in (tree / "kernels").rglob("*.py")}
     assert held == wanted | {"impure_fast/_build.json"}
