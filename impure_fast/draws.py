@@ -233,6 +233,10 @@ class Draws:
         """The draws of images start..stop-1."""
         return self._map(lambda t: t[start:stop])
 
+    def take(self, index: Tensor) -> Draws:
+        """The draws of the images at these places, [n] int64."""
+        return self._map(lambda t: t[index])
+
     def check(self, config: IMPureConfig, shape: Sequence[int]) -> None:
         """Raise InputError unless these draws fit images of ``shape`` and ``config``."""
         rows, cols, chunk = grid_of(config, shape)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,6 +21,7 @@ from .draws import Draws, fresh_seed
 from .errors import InputError, InputTypeError
 
 TILE_MEMORY = 256 * 2**20  # bytes of activations that one network call may take by default
+BAND_TILES = 1024  # tiles held at once
 
 
 class Network(Protocol):
@@ -78,11 +80,6 @@ def _tile_sides(config: IMPureConfig, height: int, width: int) -> tuple[int, int
     return rows * p, cols * p
 
 
-def _padding(size: int, tile: int, stride: int) -> int:
-    """Pixels to add so that tiles of side ``tile``, ``stride`` apart, cover the side exactly."""
-    return tile + max(0, math.ceil((size - tile) / stride)) * stride - size
-
-
 def _pad(images: Tensor, bottom: int, right: int) -> Tensor:
     """Reflect at the lower and right edge; replicate along a side that is too small to reflect."""
     for amounts, size in (((0, 0, 0, bottom), images.shape[2]), ((0, right, 0, 0), images.shape[3])):
@@ -97,38 +94,59 @@ def _ramp(tile: int, stride: int, like: Tensor) -> Tensor:
     return (torch.minimum(distance, tile - distance) / max(tile - stride, 1)).clamp(max=1)
 
 
-def over_tiles(images: Tensor, config: IMPureConfig, function: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+@dataclass(frozen=True)
+class Tiling:
+    """How pictures of one size are cut: tile sides, distances, tiles a side, padding (pixels)."""
+
+    tile: tuple[int, int]
+    stride: tuple[int, int]
+    count: tuple[int, int]
+    padding: tuple[int, int]  # bottom, right
+
+    @classmethod
+    def of(cls, config: IMPureConfig, height: int, width: int) -> Tiling:
+        tile = _tile_sides(config, height, width)
+        stride = (min(config.tile_stride, tile[0]), min(config.tile_stride, tile[1]))
+        count = tuple(
+            1 + max(0, math.ceil((size - t) / step))
+            for size, t, step in zip((height, width), tile, stride, strict=True)
+        )
+        padding = tuple(
+            t + (n - 1) * step - size for size, t, step, n in zip((height, width), tile, stride, count, strict=True)
+        )
+        return cls(tile, stride, (count[0], count[1]), (padding[0], padding[1]))
+
+
+def over_tiles(
+    images: Tensor, tiling: Tiling, function: Callable[[Tensor, Tensor, Tensor], Tensor], band_tiles: int
+) -> Tensor:
     """Apply ``function`` to overlapping tiles and blend the results under a window.
 
-    images: [N, 3, H, W] float.  function(tiles [T, 3, h, w], index [T, 2]) -> [T, 3, h, w], where
-    index holds (image, tile in the image).  The identity gives the images back (1e-6).
+    images: [N, 3, H, W] float.  function(tiles [T, 3, h, w], image [T], place [T]) -> [T, 3, h, w]; place counts a
+    picture's tiles in raster order.  The identity gives the images back (1e-6).
+    band_tiles: rows of tiles are taken together until they hold so many, which bounds memory.
     """
     n, _, height, width = images.shape
-    th, tw = _tile_sides(config, height, width)
-    stride = (min(config.tile_stride, th), min(config.tile_stride, tw))
-    bottom, right = _padding(height, th, stride[0]), _padding(width, tw, stride[1])
-    padded = _pad(images, bottom, right)
-    shape = padded.shape[2:]
-    columns = F.unfold(padded, (th, tw), stride=stride)  # [N, 3*h*w, T]
-    count = columns.shape[2]
-    tiles = columns.transpose(1, 2).reshape(n * count, 3, th, tw)
-    index = torch.stack(
-        (
-            torch.arange(n, device=images.device).repeat_interleave(count),
-            torch.arange(count, device=images.device).repeat(n),
-        ),
-        dim=1,
-    )
-    del columns  # as large as the tiles; of a big picture each is twice the picture
-    done = function(tiles, index)
-    del tiles
-    if count == 1:
-        return done[:, :, :height, :width]
-    window = _ramp(th, stride[0], done)[:, None] * _ramp(tw, stride[1], done)  # [h, w]
-    done = done * window
-    total = F.fold(done.view(n, count, -1).transpose(1, 2), shape, (th, tw), stride=stride)
-    del done
-    weight = F.fold(window.reshape(1, -1, 1).expand(1, -1, count), shape, (th, tw), stride=stride)
+    (th, tw), (down, right), (rows, cols) = tiling.tile, tiling.stride, tiling.count
+    padded = _pad(images, *tiling.padding)
+    window = _ramp(th, down, images)[:, None] * _ramp(tw, right, images)  # [h, w]
+    total, weight = torch.zeros_like(padded), torch.zeros_like(padded[:1, :1])
+    band = max(1, band_tiles // (n * cols))
+    for first in range(0, rows, band):
+        own = min(band, rows - first)
+        strip = slice(first * down, (first + own - 1) * down + th)
+        shape, count = padded[:, :, strip].shape[2:], own * cols
+        columns = F.unfold(padded[:, :, strip], (th, tw), stride=tiling.stride)  # [N, 3*h*w, count]
+        tiles = columns.transpose(1, 2).reshape(n * count, 3, th, tw)
+        image = torch.arange(n, device=images.device).repeat_interleave(count)
+        place = torch.arange(first * cols, first * cols + count, device=images.device).repeat(n)
+        done = function(tiles, image, place)
+        if rows * cols == 1:
+            return done[:, :, :height, :width]
+        columns = (done * window).view(n, count, -1).transpose(1, 2)
+        total[:, :, strip] += F.fold(columns, shape, (th, tw), stride=tiling.stride)
+        ones = window.reshape(1, -1, 1).expand(1, -1, count)
+        weight[:, :, strip] += F.fold(ones, shape, (th, tw), stride=tiling.stride)
     return (total / weight)[:, :, :height, :width]
 
 
@@ -170,21 +188,20 @@ def purify_images(
     key = fresh_seed() if seed is None else seed
     dtype = next(network.parameters()).dtype
     p = config.patch_size
+    tiling = Tiling.of(config, *images.shape[2:])
+    (height, width), count = tiling.tile, math.prod(tiling.count)
+    size = max_batch or default_max_batch(config, height, width)
+    if draws is not None:
+        draws.check(config, (n * count, 3, height, width))
 
-    def reconstruct(tiles: Tensor, index: Tensor) -> Tensor:
-        if draws is not None:
-            draws.check(config, tiles.shape)
-        height, width = tiles.shape[2:]
-        size = max_batch or default_max_batch(config, height, width)
+    def reconstruct(tiles: Tensor, image: Tensor, place: Tensor) -> Tensor:
         parts = []
-        for start in range(0, len(tiles), size):
-            part = tiles[start : start + size]
-            image, tile = index[start : start + size].unbind(dim=1)
+        for part, i, j in zip(tiles.split(size), image.split(size), place.split(size), strict=True):
             if draws is None:
                 # A tile's stream: the image's in the low word, its place in the picture in the high one.
-                own = Draws.sample(config, part.shape, key, ids[image] + (tile << 32), device=part.device)
+                own = Draws.sample(config, part.shape, key, ids[i] + (j << 32), device=part.device)
             else:
-                own = draws.slice(start, start + size)
+                own = draws.take(i * count + j)
             prediction, _ = network.reconstruct(part, own)
             parts.append(network.to_image(prediction, height // p, width // p))
         return torch.cat(parts)
@@ -192,7 +209,7 @@ def purify_images(
     # Without a gradient to the image nobody needs the graph, though the weights would ask for one.
     with torch.set_grad_enabled(torch.is_grad_enabled() and images.requires_grad):
         x = images.to(dtype) / 255 if images.dtype == torch.uint8 else images.to(dtype)
-        result = over_tiles(x, config, reconstruct)
+        result = over_tiles(x, tiling, reconstruct, BAND_TILES)
         if clamp:
             result = result.clamp(0, 1)
         if images.dtype == torch.uint8:

@@ -16,7 +16,7 @@ from torch import nn
 from impure_fast import Draws, Error, PurifiedClassifier
 from impure_fast.config import PRESETS
 from impure_fast.errors import ConfigError, InputError, InputTypeError
-from impure_fast.purify import over_tiles, purify_images
+from impure_fast.purify import Tiling, over_tiles, purify_images
 
 from .conftest import SMALL, global_generator_untouched, random_images, small_config, small_model
 
@@ -95,20 +95,32 @@ def test_padding_reflects_and_replicates_where_the_picture_is_too_small():
     assert torch.equal(tile[:, :, :17, 2:], images[:, :, :, 1:].expand(-1, -1, -1, 6))
 
 
-def test_tiles_overlap_by_the_stride_and_cover_the_picture():
-    index = []
+@pytest.mark.parametrize(("band_tiles", "calls"), [(100, [12]), (6, [6, 6]), (1, [6, 6])])
+def test_tiles_overlap_by_the_stride_and_cover_the_picture(band_tiles, calls):
+    seen = []
 
-    def keep(tiles, where):
-        index.append((tiles, where))
+    def keep(tiles, image, place):
+        seen.append(len(tiles))
+        for tile, n, t in zip(tiles, image.tolist(), place.tolist(), strict=True):
+            top, left = 16 * (t // 3), 16 * (t % 3)
+            assert torch.equal(tile, images[n, :, top : top + 24, left : left + 24])
         return tiles
 
     images = random_images(2, 3, 40, 56)  # strides of 16: 2x3 tiles of 24
-    over_tiles(images, SMALL, keep)
-    ((tiles, where),) = index
-    assert where.tolist() == [[n, t] for n in range(2) for t in range(6)]
-    for (n, t), tile in zip(where.tolist(), tiles, strict=True):
-        top, left = 16 * (t // 3), 16 * (t % 3)
-        assert torch.equal(tile, images[n, :, top : top + 24, left : left + 24])
+    result = over_tiles(images, Tiling.of(SMALL, 40, 56), keep, band_tiles)
+    assert seen == calls
+    torch.testing.assert_close(result, images, atol=1e-6, rtol=0)
+
+
+def test_bands_change_nothing(monkeypatch):
+    model = small_model()
+    images = random_images(2, 3, 50, 60).requires_grad_()
+    whole = model.purify(images, seed=0)
+    (gradient,) = torch.autograd.grad(whole.sum(), images)
+    monkeypatch.setattr("impure_fast.purify.BAND_TILES", 1)
+    banded = model.purify(images, seed=0)
+    torch.testing.assert_close(banded, whole, atol=1e-5, rtol=0)
+    torch.testing.assert_close(torch.autograd.grad(banded.sum(), images)[0], gradient, atol=1e-4, rtol=1e-4)
 
 
 def test_seams_vanish_where_tiles_disagree():
