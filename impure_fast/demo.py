@@ -207,7 +207,7 @@ def run(
         write_atomically(json_path, lambda path: Path(path).write_text(text))
     if picture_path:
         first = [chosen.names.index(name) for name in dict.fromkeys(chosen.names)][: len(PHOTOGRAPHS)]
-        draw(picture_path, classifier, *(x[first] for x in (chosen.images, attacked["8"], purified["8"])))
+        draw(picture_path, classifier, chosen.take(first), attacked["8"][first], purified["8"][first])
     return results
 
 
@@ -236,12 +236,12 @@ def processor_name() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def draw(path: str | Path, classifier: nn.Module, clean: Tensor, adversarial: Tensor, purified: Tensor) -> None:
+def draw(path: str | Path, classifier: nn.Module, views: Views, adversarial: Tensor, purified: Tensor) -> None:
     """One row a picture: clean | adversarial | purified | perturbation x 10, the classifier's word under each."""
     from matplotlib.figure import Figure
     from timm.data import ImageNetInfo
 
-    names = ImageNetInfo()
+    names, clean = ImageNetInfo(), views.images
     difference = ((adversarial - clean) * 10 + 0.5).clamp(0, 1)
     columns: Sequence[tuple[str, Tensor]] = (
         ("clean", clean),
@@ -249,7 +249,6 @@ def draw(path: str | Path, classifier: nn.Module, clean: Tensor, adversarial: Te
         ("purified", purified),
         ("perturbation x 10", difference),
     )
-    truth = decide(classifier, clean).argmax(dim=1)
     figure = Figure(figsize=(9.6, 2.7 * len(clean)), layout="constrained")
     axes = figure.subplots(len(clean), len(columns), squeeze=False)
     for c, (title, images) in enumerate(columns):
@@ -263,7 +262,7 @@ def draw(path: str | Path, classifier: nn.Module, clean: Tensor, adversarial: Te
                 axis.set_title(title, fontsize=11)
             if title != columns[-1][0]:
                 label = names.index_to_description(int(decisions[r])).split(",")[0]
-                colour = "#1a7f37" if decisions[r] == truth[r] else "#cf222e"
+                colour = "#1a7f37" if int(decisions[r]) in views.right[r] else "#cf222e"
                 axis.set_xlabel(f"{label}  {100 * float(confidences[r]):.0f} %", color=colour, fontsize=11)
     write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=80, format="png"))
 
