@@ -178,7 +178,9 @@ def test_code_in_a_weights_file_is_never_run(tmp_path):
 def test_hub_id_is_asked_for_and_reported_offline():
     pytest.importorskip("huggingface_hub", reason="the extra hub is not installed")
     with pytest.raises(MissingFileError, match="owner/none cannot be had"):
-        timm.create_model(TINY, pretrained=True, pretrained_cfg_overlay={"hf_hub_id": "owner/none"})
+        timm.create_model(
+            "impure_base_patch16_224", pretrained=True, pretrained_cfg_overlay={"hf_hub_id": "owner/none"}
+        )
 
 
 def test_unknown_tag_is_refused():
