@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .checkpoints import LoadReport
     from .draws import Draws
     from .model import IMPure
+    from .ops._dispatch import backend, can_run, last_backends, set_backend
     from .purify import PurifiedClassifier
     from .zoo import create_model, list_models, load, load_official
 else:
@@ -27,6 +28,10 @@ else:
         "IMPure": "model",
         "LoadReport": "checkpoints",
         "PurifiedClassifier": "purify",
+        "backend": "ops._dispatch",
+        "can_run": "ops._dispatch",
+        "last_backends": "ops._dispatch",
+        "set_backend": "ops._dispatch",
         "create_model": "zoo",
         "list_models": "zoo",
         "load": "zoo",
@@ -52,9 +57,13 @@ __all__ = [
     "IMPureConfig",
     "LoadReport",
     "PurifiedClassifier",
+    "backend",
+    "can_run",
     "create_model",
+    "last_backends",
     "list_models",
     "load",
     "load_official",
     "ops",
+    "set_backend",
 ]

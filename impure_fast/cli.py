@@ -33,15 +33,7 @@ else:
 
 MISSING = 'impure-fast needs the extra "cli": pip install "impure-fast[cli]".'
 
-# Reasons why a backend cannot run any operator; none: it can.
-_NOT_BUILT = "not built: this version has the reference path only"
-BACKENDS: dict[str, tuple[str, ...]] = {
-    "reference": (),
-    "cpp": (_NOT_BUILT,),
-    "triton": (_NOT_BUILT,),
-    "cuda": (_NOT_BUILT,),
-}
-GPU_STATE = "No GPU path exists yet; nothing has run on a GPU."
+GPU_STATE = "Nothing has run on a GPU yet: CUDA and Triton kernels are compiled and run on the CPU only, in tests."
 
 
 class Format(str, Enum):
@@ -237,13 +229,15 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="For programs.")] 
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("operator", *BACKENDS)
+    from .ops._dispatch import BACKENDS
+
+    table = Table("operator", *BACKENDS[1:])
     reasons: dict[str, list[str]] = {}
     for operator, row in report["operators"].items():
         table.add_row(operator, *("yes" if cell["can_run"] else "no" for cell in row.values()))
         for backend, cell in row.items():
             for reason in cell["reasons"]:
-                reasons.setdefault(f"{backend}: {reason}.", []).append(operator)
+                reasons.setdefault(f"{backend}: {reason}", []).append(operator)
     devices = report["devices"]
     lines = [
         *(f"{name} {number or '(not installed)'}" for name, number in report["versions"].items()),
@@ -263,6 +257,8 @@ def _info() -> dict[str, Any]:
 
     from . import ops
     from .demo import processor_name
+    from .ops._dispatch import BACKENDS, can_run
+    from .ops._native import build_report
 
     def installed(name: str) -> str | None:
         try:
@@ -270,8 +266,10 @@ def _info() -> dict[str, Any]:
         except PackageNotFoundError:
             return None
 
-    build = Path(__file__).with_name("_build.json")
-    cell = {name: {"can_run": not reasons, "reasons": list(reasons)} for name, reasons in BACKENDS.items()}
+    def cell(operator: str, backend: str) -> dict[str, Any]:
+        reasons = can_run(operator, backend)
+        return {"can_run": not reasons, "reasons": reasons}
+
     cuda = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
     return {
         "versions": {
@@ -284,9 +282,9 @@ def _info() -> dict[str, Any]:
             "cpu": {"name": processor_name(), "threads": torch.get_num_threads()},
             "cuda": [torch.cuda.get_device_name(i) for i in cuda],
         },
-        "operators": dict.fromkeys(ops.__all__, cell),
+        "operators": {name: {backend: cell(name, backend) for backend in BACKENDS[1:]} for name in ops.__all__},
         "gpu": GPU_STATE,
-        "build": json.loads(build.read_text()) if build.exists() else None,
+        "build": build_report(),
     }
 
 

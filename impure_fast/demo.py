@@ -27,6 +27,7 @@ from .attacks import pgd
 from .classifiers import LITE0_MEAN, LITE0_SIZE, LITE0_STD, Normalised, efficientnet_lite0
 from .images import PackedImages, random_view, write_atomically
 from .model import IMPure
+from .ops._dispatch import last_backends
 from .purify import PurifiedClassifier, to_bytes, to_float
 
 EPS = (4, 8)  # in 1/255
@@ -192,7 +193,7 @@ def run(
         "white_box": knowing(classifier, purifier, chosen.take(known), labels[known], attack_steps, progress),
         "psnr": round(psnr(purified["clean"], chosen.images), 2),
         "images_per_second": round(rate, 2),
-        "backend": "reference",
+        "backend": last_backends()["reconstruction_attention"],
         "seed": SEED,
         "date": time.strftime("%Y-%m-%d"),
         "machine": {"processor": processor_name(), "threads": torch.get_num_threads()},

@@ -1,10 +1,13 @@
-"""The IMPure network (arXiv 2311.15339), in plain PyTorch and in the authors' order of operations.
+"""The IMPure network (arXiv 2311.15339).
 
-image + draws -> embed (clean and noised) -> encode each chunk alone -> hide chunk i in replica i
+image + draws -> mask (clean and noised rows, shuffled) -> encode each chunk alone -> hide chunk i in replica i
 -> decode all K replicas -> keep the hidden chunks -> assemble the image.
 
+``reconstruct`` does this on the operators, without what cannot change the result.  Under the backend "reference"
+it does so in plain PyTorch and in the authors' order of operations (``reconstruct_literally``): the oracle.
+
 Letters: N images, L tokens, K chunks of M tokens, D encoder width, E decoder width, p patch side.
-Encoder batches are image-major (n*K + k), decoder batches replica-major (i*N + n).
+Encoder batches are image-major (n*K + k); the oracle's decoder batches are replica-major (i*N + n).
 """
 
 from __future__ import annotations
@@ -21,8 +24,11 @@ from . import checkpoints
 from .config import NUM_STEPS, IMPureConfig
 from .draws import Draws, grid_of
 from .errors import ConfigError, InputTypeError
-from .ops import patch_assemble, reconstruction_attention
-from .ops.patch_assemble import unpatchify
+from .ops import patch_assemble, patch_mask, reconstruction_attention
+from .ops._dispatch import wished
+from .ops.patch_assemble import unpatchify, unshuffle
+from .ops.patch_mask import gather_tokens
+from .ops.reconstruction_attention import replica_rows
 from .purify import purify_images
 
 Note = Callable[[str, Tensor], Tensor]
@@ -43,9 +49,22 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [B, T, W] -> [B, T, W]."""
-        b, t, w = x.shape
-        q, k, v = self.qkv(x).view(b, t, 3, self.heads, w // self.heads).permute(2, 0, 3, 1, 4)
-        return self.proj(reconstruction_attention(q, k, v).transpose(1, 2).reshape(b, t, w))
+        return self.proj(self.attend(x))
+
+    def attend(self, x: Tensor, hidden: Tensor | None = None, chunks: int = 0) -> Tensor:
+        """Attention before its projection.  x: [B, T, W] -> [B, T, W].
+
+        hidden: [B, M, W], rows that ask in the place of all -> [B, M, W].
+        chunks: K, x being the packed rows [N, 2L + K, W] of all replicas -> [N*K, L + 1, W].
+        """
+        if hidden is None:
+            q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).unbind(2)
+        else:
+            w = x.shape[2]
+            q = F.linear(hidden, self.qkv.weight[:w], self.qkv.bias[:w]).unflatten(2, (self.heads, -1))
+            k, v = F.linear(x, self.qkv.weight[w:], self.qkv.bias[w:]).unflatten(2, (2, self.heads, -1)).unbind(2)
+        out = reconstruction_attention(q, k, v, chunks=chunks).flatten(-2)
+        return out.flatten(0, 1) if chunks else out
 
 
 class Mlp(nn.Module):
@@ -71,7 +90,11 @@ class Block(nn.Module):
         self.mlp = Mlp(width, int(width * mlp_ratio))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x))
+        return self.add(x, self.attn.attend(self.norm1(x)))
+
+    def add(self, x: Tensor, attended: Tensor) -> Tensor:
+        """The block from the attention's projection on: x and attended are [B, T, W]."""
+        x = x + self.attn.proj(attended)
         return x + self.mlp(self.norm2(x))
 
 
@@ -105,9 +128,10 @@ def noise_schedule() -> tuple[Tensor, Tensor]:
     return kept.sqrt(), (1 - kept).sqrt()
 
 
-def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
-    """x: [N, L, W], index: [N, L] -> x[n, index[n, l]]."""
-    return x.gather(1, index[:, :, None].expand(-1, -1, x.shape[2]))
+def hidden_rows(x: Tensor, chunks: int) -> Tensor:
+    """The rows of chunk i in replica i.  x: [N*K, 1 + L, E] -> [N*K, M, E]."""
+    own = x[:, 1:].unflatten(0, (-1, chunks)).unflatten(2, (chunks, -1))  # [N, K, K, M, E]
+    return own.diagonal(dim1=1, dim2=2).movedim(-1, 1).flatten(0, 1)
 
 
 class IMPure(nn.Module):
@@ -139,7 +163,7 @@ class IMPure(nn.Module):
         self.decoder_head_embed = nn.Linear((k - 1) * d, e)
         self.decoder_embed = nn.Linear(d, e)
         self.decoder_embed_norm = nn.LayerNorm(e, eps=c.norm_eps)
-        self.decoder_blocks = nn.ModuleList(
+        self.decoder_blocks: Any = nn.ModuleList(
             Block(e, c.decoder_num_heads, c.mlp_ratio, c.norm_eps) for _ in range(c.decoder_depth)
         )
         self.decoder_norm = nn.LayerNorm(e, eps=c.norm_eps)
@@ -209,7 +233,7 @@ class IMPure(nn.Module):
         return self.mask_token.to(clean.dtype).expand(clean.shape) if noised is None else noised
 
     def decode(self, clean: Tensor, hidden: Tensor, heads: Tensor, draws: Draws, cells: Tensor, note: Note) -> Tensor:
-        """Rebuild every chunk from the others.  clean, hidden: [N, K, M, E]; heads: [N, K, (K-1)*D].
+        """Rebuild every chunk from the others.  clean, hidden: [N, K, M, E]; heads: [N, K, E].
 
         -> decoded tokens [N, L, E] in raster order, each from the replica that hid it.
         """
@@ -219,8 +243,8 @@ class IMPure(nn.Module):
         restore = draws.restore
         position = self.decoder_pos_embed[0, 1:][cells]  # [N, L, E], raster
         x = gather_tokens(x, restore.repeat(k, 1)) + position.repeat(k, 1, 1)
-        head = self.decoder_head_embed(heads).transpose(0, 1).reshape(k * n, 1, e) + self.decoder_pos_embed[:, :1]
-        x = note("dec_in", torch.cat((note("head", head), x), dim=1))  # [K*N, 1 + L, E]
+        head = note("head", heads.transpose(0, 1).reshape(k * n, 1, e))
+        x = note("dec_in", torch.cat((head, x), dim=1))  # [K*N, 1 + L, E]
         for b, block in enumerate(self.decoder_blocks):
             x = block(x)
             if b == 0:
@@ -233,7 +257,8 @@ class IMPure(nn.Module):
         """The network as a pure function of images and draws (SPEC section 2).
 
         images: [N, 3, H, W] in [0, 1], sides fitting the config (``Draws.sample`` checks them).
-        keep: names of checkpoints to return (SPEC section 9), for instance ("latent", "dec_out").
+        keep: names of checkpoints to return (SPEC section 9), for instance ("latent", "dec_out"); other than of the
+            draws, "shuffled" and "pred_raw", they exist under the backend "reference" alone.
         Returns the prediction in normalised units ([N, 3, H, W]; [N, L, 3pp] without pixel_conv) and the checkpoints.
         """
         if not images.is_floating_point():
@@ -248,15 +273,70 @@ class IMPure(nn.Module):
                 kept[name] = x
             return x
 
-        c, n, k = self.config, len(images), self.config.num_chunks
-        rows, cols, m = grid_of(c, images.shape)
-        raster = torch.arange(rows, device=images.device)[:, None] * c.table_side + torch.arange(
+        rows, cols, _ = grid_of(self.config, images.shape)
+        raster = torch.arange(rows, device=images.device)[:, None] * self.config.table_side + torch.arange(
             cols, device=images.device
         )
-        corner = draws.positions[:, :1] * c.table_side + draws.positions[:, 1:]
+        corner = draws.positions[:, :1] * self.config.table_side + draws.positions[:, 1:]
         cells = note("index_pos", corner + raster.flatten())  # [N, L] cells of the position tables
         note("ids_shuffle", draws.order)
-        note("ids_restore", draws.restore)
+        if "ids_restore" in keep:
+            note("ids_restore", draws.restore)
+        walk = self.reconstruct_literally if wished() == "reference" else self.reconstruct_shuffled
+        return note("pred_raw", walk(images, draws, cells, rows, cols, note)), kept
+
+    def reconstruct_shuffled(
+        self, images: Tensor, draws: Draws, cells: Tensor, rows: int, cols: int, note: Note
+    ) -> Tensor:
+        """``reconstruct`` on the operators: shuffled order end to end, both passes in one encoder call, the first
+        decoder block on the rows that differ, the last on the hidden ones.  cells: [N, L], raster.
+        """
+        c, n, k = self.config, len(images), self.config.num_chunks
+        order, step, m = draws.order, draws.image_step, rows * cols // self.config.num_chunks
+        cells = cells.gather(1, order)
+        passes, signal, level = 1, None, None
+        if c.image_mask == "noise":
+            passes, signal, level = 2, self.sqrt_alphas_cumprod[step], self.sqrt_one_minus_alphas_cumprod[step]
+        x = patch_mask(
+            images, order, c.patch_size, c.mean, c.std, signal=signal, level=level, noise=draws.image_noise
+        )  # [passes*N, L, 3pp]
+        x = F.linear(x, self.patch_embed.proj.weight.flatten(1), self.patch_embed.proj.bias)
+        x = x.view(passes, n, k * m, c.embed_dim) + self.pos_embed[0, 1:][cells]
+        note("shuffled", x[0].view(n * k, m, c.embed_dim))
+        heads, latents = self.encode(x.view(-1, m, c.embed_dim), lambda name, x: x)
+        features = self.decoder_embed_norm(self.decoder_embed(latents)).view(passes, n, k, m, c.decoder_embed_dim)
+        hidden = self.hide(features[0], features[1] if passes == 2 else None, draws)
+
+        position = self.decoder_pos_embed[0, 1:][cells]
+        packed = torch.cat(
+            (
+                features[0].flatten(1, 2) + position,
+                hidden.flatten(1, 2) + position,
+                self.head_tokens(heads[: n * k]),
+            ),
+            dim=1,
+        )  # [N, 2L + K, E]: what the replicas are made of
+        x = packed[:, replica_rows(k * m, k, images.device)].flatten(0, 1)  # [N*K, 1 + L, E]
+        last = len(self.decoder_blocks) - 1
+        for b, block in enumerate(self.decoder_blocks):
+            hides = hidden_rows(x, k) if b == last else None  # only the hidden rows are used after the last block
+            if b == 0:
+                attended = block.attn.attend(block.norm1(packed), chunks=k)
+                attended = attended if hides is None else hidden_rows(attended, k)
+            else:
+                attended = block.attn.attend(block.norm1(x), None if hides is None else block.norm1(hides))
+            x = block.add(x if hides is None else hides, attended)
+        patches = self.decoder_pred(self.decoder_norm(x)).view(n, k * m, 3 * c.patch_size**2)  # shuffled
+        if not c.pixel_conv:
+            return unshuffle(patches, order)
+        return patch_assemble(patches, order, rows, cols, self.decoder_rb1.weight, self.decoder_rb1.bias)
+
+    def reconstruct_literally(
+        self, images: Tensor, draws: Draws, cells: Tensor, rows: int, cols: int, note: Note
+    ) -> Tensor:
+        """``reconstruct`` as the authors compute it, every checkpoint named as in SPEC section 9."""
+        c, n, k = self.config, len(images), self.config.num_chunks
+        m = rows * cols // k
 
         def embed(x: Tensor, name: str) -> Tensor:
             tokens = note(name, self.patch_embed(x) + self.pos_embed[0, 1:][cells])
@@ -275,14 +355,16 @@ class IMPure(nn.Module):
             _, latents = self.encode(tokens, lambda name, x: note("noise_latent", x) if name == "latent" else x)
             noised = self.decoder_embed_norm(self.decoder_embed(latents)).view(n, k, m, c.decoder_embed_dim)
 
-        others = torch.tensor([[j for j in range(k) if j != i] for i in range(k)], device=images.device)  # [K, K-1]
-        heads = heads.view(n, k, c.embed_dim)[:, others].flatten(2)  # [N, K, (K-1)*D]
-        decoded = self.decode(clean, self.hide(clean, noised, draws), heads, draws, cells, note)
-
+        decoded = self.decode(clean, self.hide(clean, noised, draws), self.head_tokens(heads), draws, cells, note)
         prediction = note("patches", self.decoder_pred(decoded))  # [N, L, 3pp]
-        if c.pixel_conv:
-            prediction = patch_assemble(prediction, rows, cols, self.decoder_rb1.weight, self.decoder_rb1.bias)
-        return note("pred_raw", prediction), kept
+        return self.decoder_rb1(unpatchify(prediction, rows, cols)) if c.pixel_conv else prediction
+
+    def head_tokens(self, heads: Tensor) -> Tensor:
+        """Every replica's head, made of the other chunks' class tokens.  [N*K, D] -> [N, K, E]."""
+        k = self.config.num_chunks
+        others = torch.tensor([[j for j in range(k) if j != i] for i in range(k)], device=heads.device)  # [K, K-1]
+        heads = heads.view(-1, k, heads.shape[1])[:, others].flatten(2)  # [N, K, (K-1)*D]
+        return self.decoder_head_embed(heads) + self.decoder_pos_embed[:, :1]
 
     def to_image(self, prediction: Tensor, rows: int, cols: int) -> Tensor:
         """A prediction of ``reconstruct`` as images [N, 3, rows*p, cols*p] in [0, 1] units, unclamped."""

@@ -12,9 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
-from impure_fast import cli, zoo
+from impure_fast import can_run, cli, zoo
 from impure_fast.checkpoints import read_safetensors, save_safetensors
 from impure_fast.images import PackedImages, read_image
+from impure_fast.ops._lib import OPERATORS
 
 AS_ROOT = hasattr(os, "geteuid") and os.geteuid() == 0
 
@@ -423,15 +424,13 @@ def test_info_json(run):
     report = json.loads(text)
     assert set(report) == {"versions", "devices", "operators", "gpu", "build"}
     assert set(report["versions"]) == {"impure_fast", "python", "torch", "triton", "timm", "numpy"}
-    assert list(report["operators"]) == ["patch_assemble", "patch_mix", "reconstruction_attention"]
-    for row in report["operators"].values():
+    assert set(report["operators"]) == set(OPERATORS)
+    for name, row in report["operators"].items():
         assert list(row) == ["reference", "cpp", "triton", "cuda"]
-        assert row["reference"] == {"can_run": True, "reasons": []}
-        for backend in ("cpp", "triton", "cuda"):
-            assert row[backend] == {
-                "can_run": False,
-                "reasons": ["not built: this version has the reference path only"],
-            }
+        for backend, cell in row.items():
+            assert cell == {"can_run": not cell["reasons"], "reasons": can_run(name, backend)}
+    assert report["operators"]["order"]["reference"]["can_run"]
+    assert report["operators"]["order"]["cpp"]["reasons"] == ["There is no cpp implementation of it."]
 
 
 def test_info_for_people(run):
@@ -439,8 +438,8 @@ def test_info_for_people(run):
     assert code == 0
     for line in (
         f"torch {torch.__version__}",
-        "triton: not built: this version has the reference path only.",
-        "No GPU path exists yet; nothing has run on a GPU.",
+        "cpp: There is no cpp implementation of it.",
+        "Nothing has run on a GPU yet: CUDA and Triton kernels are compiled and run on the CPU only, in tests.",
     ):
         assert line in text.splitlines()
 

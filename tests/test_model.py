@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from impure_fast import Draws, IMPure, create_model
+from impure_fast import Draws, IMPure, backend, create_model
 from impure_fast.errors import ConfigError, InputError
 from impure_fast.model import noise_schedule, sincos_table
 from impure_fast.ops.patch_assemble import patchify, unpatchify
@@ -24,6 +24,20 @@ TABLES = ("pos_embed", "decoder_pos_embed", "sqrt_alphas_cumprod", "sqrt_one_min
 
 def close(a, b, tolerance=1e-5):
     return a.shape == b.shape and float((a - b).detach().abs().max()) <= tolerance
+
+
+@pytest.fixture(autouse=True, params=["reference", "auto"])
+def path(request):
+    """Every claim holds for the authors' order of operations and for the operators' path."""
+    with backend(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def oracle(path):
+    """For checkpoints that only the authors' order of operations has."""
+    with backend("reference"):
+        yield
 
 
 # ---------------------------------------------------------------------------------------- every mode runs
@@ -47,8 +61,8 @@ def test_every_mode_gives_finite_predictions_of_the_right_shape(image_mask, feat
 def test_without_the_pixel_convolution_the_prediction_stays_patches():
     model = small_model(pixel_conv=False)
     images = random_images(2, 3, 24, 24)
-    prediction, kept = model.reconstruct(images, Draws.sample(model.config, images.shape, 0), keep=("patches",))
-    assert prediction.shape == (2, 36, 48) and torch.equal(prediction, kept["patches"])
+    prediction, kept = model.reconstruct(images, Draws.sample(model.config, images.shape, 0), keep=("pred_raw",))
+    assert prediction.shape == (2, 36, 48) and torch.equal(prediction, kept["pred_raw"])
     image = model.to_image(prediction, 6, 6)
     assert torch.equal(image, model.unnormalise(unpatchify(prediction, 6, 6)))
 
@@ -62,7 +76,7 @@ def test_patches_hold_row_then_column_then_channel():
     assert torch.equal(unpatchify(patches, 2, 3), image)
 
 
-def test_only_asked_checkpoints_are_kept():
+def test_only_asked_checkpoints_are_kept(oracle):
     model = small_model()
     images = random_images(1, 3, 24, 24)
     _, kept = model.reconstruct(images, Draws.sample(model.config, images.shape, 0), keep=("latent", "head"))
@@ -148,7 +162,7 @@ def test_noised_chunk_is_rebuilt_from_what_the_noise_leaves_of_it(image_mask):
     assert moved[0] > 20 * moved[999] > 0
 
 
-def test_chunks_are_encoded_apart():
+def test_chunks_are_encoded_apart(oracle):
     model = small_model()
     images = random_images(2, 3, 24, 24)
     draws = Draws.sample(model.config, images.shape, 5)
@@ -158,7 +172,7 @@ def test_chunks_are_encoded_apart():
         assert bool((moved[:, 2] > 0).all()) and float(moved[:, [0, 1, 3]].max()) == 0, name
 
 
-def test_head_token_of_a_replica_holds_the_other_chunks_class_tokens_only():
+def test_head_token_of_a_replica_holds_the_other_chunks_class_tokens_only(oracle):
     model = small_model()
     images = random_images(2, 3, 24, 24)
     draws = Draws.sample(model.config, images.shape, 5)
@@ -183,7 +197,7 @@ def test_hidden_chunk_is_what_the_table_of_masks_says(image_mask, feature_mask):
     assert close(got, wanted, 1e-6)
 
 
-def test_noised_image_follows_the_schedule_in_normalised_units():
+def test_noised_image_follows_the_schedule_in_normalised_units(oracle):
     model = small_model()
     images = random_images(3, 3, 24, 24)
     draws = Draws.sample(model.config, images.shape, 1, training=True)
@@ -264,7 +278,7 @@ def test_grids_lie_in_the_centre_of_the_table_along_each_axis(height, width, row
     assert torch.equal(cells, wanted)
 
 
-def test_rectangular_image_is_embedded_patch_by_patch():
+def test_rectangular_image_is_embedded_patch_by_patch(oracle):
     model = small_model()
     images = random_images(1, 3, 8, 24)
     _, kept = model.reconstruct(images, Draws.sample(model.config, images.shape, 0), keep=("embedded", "index_pos"))

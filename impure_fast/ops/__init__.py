@@ -1,7 +1,9 @@
-"""The operators of the network, one file each: contract and plain-PyTorch reference."""
+"""The operators of the network, one file each: contract, plain-PyTorch reference, and who else can run it."""
 
+from .order import order
 from .patch_assemble import patch_assemble
+from .patch_mask import patch_mask
 from .patch_mix import patch_mix
 from .reconstruction_attention import reconstruction_attention
 
-__all__ = ["patch_assemble", "patch_mix", "reconstruction_attention"]
+__all__ = ["order", "patch_assemble", "patch_mask", "patch_mix", "reconstruction_attention"]
