@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .config import FIXED_ORDER_CHUNKS, IMPureConfig
-from .errors import InputError
+from .errors import InputError, InputTypeError
 
 _MASK32 = 0xFFFFFFFF
 _ROUNDS = 10
@@ -27,9 +28,14 @@ _ROUNDS = 10
 POSITION, ORDER, IMAGE_STEP, IMAGE_NOISE, FEATURE_STEP, FEATURE_NOISE, MIX_ORDER, MIX_CHUNKS = range(8)
 
 
-def fresh_seed() -> int:
-    """A 63-bit seed from the operating system's entropy."""
-    return secrets.randbits(63)
+def seed_or_fresh(seed: int | None) -> int:
+    """The seed itself; for None one of 63 bits from the operating system's entropy."""
+    if seed is None:
+        return secrets.randbits(63)
+    try:
+        return operator.index(seed)
+    except TypeError as error:
+        raise InputTypeError(f"seed is {seed!r}; wanted an integer or None.") from error
 
 
 def philox(seed: int, streams: Tensor, purpose: int, count: int) -> Tensor:
@@ -68,10 +74,13 @@ def normal(seed: int, streams: Tensor, purpose: int, count: int) -> Tensor:
     return torch.stack((radius * angle.cos(), radius * angle.sin()), dim=2).flatten(1)[:, :count]
 
 
-def _streams(streams: Tensor | Sequence[int] | None, n: int, device: torch.device | str | None) -> Tensor:
+def stream_ids(streams: Tensor | Sequence[int] | None, n: int, device: torch.device | str | None) -> Tensor:
     if streams is None:
         return torch.arange(n, device=device)
-    streams = torch.as_tensor(streams, dtype=torch.int64, device=device)
+    streams = torch.as_tensor(streams, device=device)
+    if streams.is_floating_point() and len(streams):  # an empty list is one of floats
+        raise InputTypeError(f"streams holds {streams.dtype}; wanted integers, one an image.")
+    streams = streams.to(torch.int64)
     if streams.shape != (n,):
         raise InputError(f"streams has shape {tuple(streams.shape)}, but there are {n} images: give one number each.")
     return streams
@@ -118,10 +127,13 @@ class Draws:
     image_step: [N] int64; image_noise: [N, 3, H, W], or None unless image_mask is "noise".
     feature_step: [N, K] int64; feature_noise: [N, K, M, E] in shuffled order, or None.
 
+    shape: of the images; table_side: cells a side of the position tables that positions lie in.
+
     Law: SPEC section 3.  Nothing here touches a global generator.
     """
 
     shape: tuple[int, int, int, int]
+    table_side: int
     positions: Tensor
     order: Tensor
     image_step: Tensor
@@ -153,8 +165,8 @@ class Draws:
         """
         rows, cols, chunk = grid_of(config, shape)
         n, tokens, k = shape[0], rows * cols, config.num_chunks
-        seed = fresh_seed() if seed is None else int(seed)
-        ids = _streams(streams, n, device)
+        seed = seed_or_fresh(seed)
+        ids = stream_ids(streams, n, device)
         if config.random_order:
             order = uniform(seed, ids, ORDER, tokens).argsort(dim=1, stable=True)
         else:
@@ -176,8 +188,9 @@ class Draws:
         if config.feature_mask == "noise":
             width = config.decoder_embed_dim
             feature_noise = normal(seed, ids, FEATURE_NOISE, tokens * width).view(n, k, chunk, width)
+        noises = (image_noise, feature_noise)
         return cls(
-            (n, shape[1], shape[2], shape[3]), positions, order, image_step, feature_step, image_noise, feature_noise
+            (n, shape[1], shape[2], shape[3]), config.table_side, positions, order, image_step, feature_step, *noises
         )
 
     @classmethod
@@ -257,6 +270,11 @@ class Draws:
             )
         if want_noise != have_noise:
             raise InputError(f"Draws are of another config: noises (image, feature) {have_noise}, wanted {want_noise}.")
+        if self.table_side != config.table_side:
+            raise InputError(
+                f"Draws are of another config: for position tables of {self.table_side} cells a side, "
+                f"this one has {config.table_side}."
+            )
 
 
 @dataclass(frozen=True)
@@ -282,7 +300,7 @@ class MixDraws:
         device: torch.device | str | None = None,
     ) -> MixDraws:
         """chunks is uniform in 2..max_chunks, index in 0..chunks-1; both come from the seed alone."""
-        ids = _streams(streams, n, device)
+        ids = stream_ids(streams, n, device)
         order = uniform(seed, ids, MIX_ORDER | guide << 8, tokens).argsort(dim=1, stable=True)
         a, b = philox(seed, torch.zeros(1, dtype=torch.int64), MIX_CHUNKS | guide << 8, 2)[0].tolist()
         chunks = 2 + (a * (max_chunks - 1) >> 32)

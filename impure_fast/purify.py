@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from .config import IMPureConfig
-from .draws import Draws, fresh_seed
+from .draws import Draws, seed_or_fresh, stream_ids
 from .errors import InputError, InputTypeError
 
 TILE_MEMORY = 256 * 2**20  # bytes of activations that one network call may take by default
@@ -181,11 +181,11 @@ def purify_images(
         return images.clone()
     if max_batch is not None and max_batch < 1:
         raise InputError(f"max_batch={max_batch}: must be at least 1 tile.")
-    ids = torch.arange(n) if streams is None else torch.as_tensor(streams, dtype=torch.int64).cpu()
-    if ids.shape != (n,) or int(ids.min()) < 0 or int(ids.max()) >= 2**32:
+    ids = stream_ids(streams, n, "cpu")
+    if int(ids.min()) < 0 or int(ids.max()) >= 2**32:
         raise InputError(f"streams must be {n} integers in [0, 2**32), one an image; got {ids.tolist()[:8]}.")
     ids = ids.to(images.device)
-    key = fresh_seed() if seed is None else seed
+    key = seed_or_fresh(seed)
     dtype = next(network.parameters()).dtype
     p = config.patch_size
     tiling = Tiling.of(config, *images.shape[2:])

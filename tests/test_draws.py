@@ -383,6 +383,7 @@ MISFITS = {  # overrides of the config that made the draws, shape they were made
         ["another config", "(3, 4, 6, 36)", "(3, 4, 6, 24)"],
     ),
     "patch": ({"patch_size": 2}, SHAPE, ["another config", "(3, 4, 24, 24)", "(3, 4, 6, 24)"]),
+    "table": ({"image_size": 48}, SHAPE, ["another config", "tables of 24 cells", "this one has 12"]),
     "image mask": ({"image_mask": "mask"}, SHAPE, ["another config", "(False, True)", "(True, True)"]),
     "feature mask": ({"feature_mask": "mask"}, SHAPE, ["another config", "(True, False)", "(True, True)"]),
 }

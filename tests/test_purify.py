@@ -404,8 +404,10 @@ BAD = {  # images, options, error, words of its message
     "infinite": (with_one_pixel(float("inf")), {}, InputError, ["inf"]),
     "unclamped bytes": (GOOD.byte(), {"clamp": False}, InputError, ["clamp=False", "uint8"]),
     "no tile a call": (GOOD, {"max_batch": 0}, InputError, ["max_batch=0"]),
-    "too few streams": (GOOD, {"streams": [1]}, InputError, ["streams must be 2 integers", "[1]"]),
-    "streams of two axes": (GOOD, {"streams": [[1, 2]]}, InputError, ["streams must be 2 integers"]),
+    "too few streams": (GOOD, {"streams": [1]}, InputError, ["streams has shape (1,)", "2 images"]),
+    "streams of two axes": (GOOD, {"streams": [[1, 2]]}, InputError, ["streams has shape (1, 2)", "2 images"]),
+    "broken streams": (GOOD, {"streams": [0.5, 1.0]}, InputTypeError, ["streams holds torch.float32", "integers"]),
+    "seed of letters": (GOOD, {"seed": "a"}, InputTypeError, ["seed is 'a'; wanted an integer or None"]),
     "negative stream": (GOOD, {"streams": [0, -1]}, InputError, ["[0, 2**32)", "-1"]),
     "stream too large": (GOOD, {"streams": [0, 2**32]}, InputError, ["[0, 2**32)", "4294967296"]),
 }

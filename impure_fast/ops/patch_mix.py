@@ -14,6 +14,7 @@ from torch import Tensor
 from ..draws import MixDraws
 from ..errors import InputError
 from . import _dispatch, _lib
+from ._native import constant_when_traced
 
 
 def patch_mix(purified: Tensor, images: Tensor, draws: MixDraws, patch: int, *, backend: str | None = None) -> Tensor:
@@ -29,19 +30,21 @@ def patch_mix(purified: Tensor, images: Tensor, draws: MixDraws, patch: int, *, 
             f"purified {list(purified.shape)}, images {list(images.shape)}, order {list(draws.order.shape)} and "
             f"patch={patch} do not fit: wanted two images [N, C, H, W] and an order [N, L]."
         )
-    start, stop = _shown(draws)
+    start, stop = shown(tokens, draws.chunks, draws.index)
     return _dispatch.run(SPEC, backend, purified, images, draws.order, start, stop, patch)
 
 
-def _shown(draws: MixDraws) -> tuple[int, int]:
-    """Shuffled places that show the input."""
-    edges = torch.linspace(0, draws.order.shape[1] - 1, draws.chunks + 1).round().long().tolist()
-    return edges[draws.index], edges[draws.index + 1]
+@constant_when_traced
+def shown(tokens: int, chunks: int, index: int) -> tuple[int, int]:
+    """Shuffled places [start, stop) that show the input."""
+    edges = torch.linspace(0, tokens - 1, chunks + 1).round().long().tolist()
+    return edges[index], edges[index + 1]
 
 
 def mix_mask(draws: MixDraws, rows: int, cols: int, patch: int) -> Tensor:
     """1 where the purified pixel is shown, 0 where the input is: float32 [N, 1, rows*p, cols*p]."""
-    return _mask(draws.order, *_shown(draws), rows, cols, patch).float()
+    start, stop = shown(rows * cols, draws.chunks, draws.index)
+    return _mask(draws.order, start, stop, rows, cols, patch).float()
 
 
 def _mask(order: Tensor, start: int, stop: int, rows: int, cols: int, patch: int) -> Tensor:
