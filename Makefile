@@ -41,8 +41,7 @@ lint: $(STAMP) ## check style, format and types
 	cd build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p impure_fast
 
 bench: $(STAMP) ## run the benchmarks
-	@if ls benchmarks/*.py >/dev/null 2>&1; then $(BIN)/python -m pytest benchmarks --benchmark-only; \
-	else echo "There are no benchmarks yet."; fi
+	$(BIN)/python -m benchmarks run
 
 clean: ## remove what was built; the next target sets up again
 	rm -rf build dist *.egg-info .benchmarks .mypy_cache .pytest_cache .ruff_cache demo.json demo.png

@@ -22,6 +22,8 @@ SOURCES = {  # part: its binding, its kernels
 }
 DEMANDS = {"auto": (), "none": (), "cpu": ("cpu",), "cuda": ("cpu", "cuda")}
 MODE = os.environ.get("IMPURE_FAST_BUILD", "auto")
+FLAGS = ["-O3", "-std=c++20", "-DTORCH_TARGET_VERSION=0x020b000000000000"]  # the stable ABI of torch 2.11
+JOB_MEMORY = 2 << 30  # bytes that one compiler may take
 
 
 def why_not(part):
@@ -49,16 +51,23 @@ def why_not(part):
     return ""
 
 
+def jobs():
+    """Compilers at once: one a core, as far as four fifths of the free memory goes."""
+    if "SC_AVPHYS_PAGES" not in os.sysconf_names:
+        return 1
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return max(1, min(os.cpu_count() or 1, free * 4 // 5 // JOB_MEMORY))
+
+
 def extension(part):
     files = [file for pattern in SOURCES[part] for file in sorted(map(str, Path().glob(pattern)))]
     include = [os.path.abspath("csrc")]
-    flags = ["-O3", "-std=c++20", "-DTORCH_TARGET_VERSION=0x020b000000000000"]  # the stable ABI of torch 2.11
     if part == "info":
         include += [import_module("pybind11").get_include()]
-        return Extension("impure_fast._info", files, include_dirs=include, extra_compile_args=flags)
+        return Extension("impure_fast._info", files, include_dirs=include, extra_compile_args=FLAGS)
     torch_build = import_module("torch.utils.cpp_extension")
     make, more = (torch_build.CUDAExtension, ["-DUSE_CUDA"]) if part == "cuda" else (torch_build.CppExtension, [])
-    flags = {"cxx": flags + more, "nvcc": flags + more}
+    flags = {"cxx": FLAGS + more, "nvcc": FLAGS + more}
     return make(f"impure_fast._{part}", files, include_dirs=include, extra_compile_args=flags, py_limited_api=True)
 
 
@@ -69,6 +78,7 @@ for part in DEMANDS[MODE]:
     if reasons[part]:
         sys.exit(f"IMPURE_FAST_BUILD={MODE} demands the {part} part. {reasons[part]}")
 if "torch" in sys.modules:
+    os.environ.setdefault("MAX_JOBS", str(jobs()))
     build_ext = import_module("torch.utils.cpp_extension").BuildExtension
 
 
@@ -90,6 +100,10 @@ class BuildParts(build_ext):
         super().run()
         built = [part for part in reasons if not reasons[part]]
         report = {"mode": MODE, "built": built, "not_built": {part: why for part, why in reasons.items() if why}}
+        if built:
+            report |= {"flags": FLAGS, "torch": import_module("torch").__version__}
+        if "cuda" in built:
+            report["cuda_architectures"] = os.environ["TORCH_CUDA_ARCH_LIST"]
         path = Path("." if self.inplace else self.build_lib, "impure_fast", "_build.json")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(report, indent=2) + "\n")

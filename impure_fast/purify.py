@@ -153,7 +153,7 @@ def over_tiles(
 def default_max_batch(config: IMPureConfig, height: int, width: int) -> int:
     """Tiles a call so that activations stay near TILE_MEMORY; an estimate from the widest tensors."""
     tokens = (height // config.patch_size) * (width // config.patch_size)
-    encoder = tokens * config.embed_dim * (config.mlp_ratio + 6)
+    encoder = 2 * tokens * config.embed_dim * (config.mlp_ratio + 6)  # both passes at once
     decoder = config.num_chunks * tokens * config.decoder_embed_dim * (config.mlp_ratio + 6)
     return max(1, int(TILE_MEMORY // (4 * (encoder + decoder))))
 

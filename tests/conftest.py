@@ -8,6 +8,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: a t
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined: Triton's kernels then run on the CPU
+
 from impure_fast import IMPure, IMPureConfig
 
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other, a hundredfold on a busy machine
