@@ -7,7 +7,7 @@ EXTRAS := cli,timm,hub,demo,attack,perceptual,train,bench,dev
 BUILD_TOOLS := setuptools wheel ninja pybind11
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint bench clean constraints
+.PHONY: help setup demo test test-slow test-wheel lint bench clean constraints
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -30,6 +30,16 @@ test: $(STAMP) ## run the tests
 
 test-slow: $(STAMP) ## run the slow tests
 	$(BIN)/python -m pytest -q -m slow
+
+# One compiled library serves every torch from 2.11: it is built with the newest and tested with the oldest.
+test-wheel: $(STAMP) ## build sdist and wheel, test the wheel outside the tree on the oldest torch
+	rm -rf build/dist build/away
+	$(BIN)/python -m build --no-isolation --outdir build/dist .
+	test -x build/oldest/bin/python || $(PYTHON) -m venv build/oldest
+	build/oldest/bin/python -m pip install --quiet --upgrade pip
+	build/oldest/bin/python -m pip install --quiet "torch==2.11.*" pytest build/dist/*.whl
+	mkdir build/away && cp -r tests build/away
+	cd build/away && ../oldest/bin/python -m pytest -q tests/ops tests/golden
 
 # The type checker cannot see that kernels/ is installed as impure_fast.kernels, so it reads a tree of links.
 lint: $(STAMP) ## check style, format and types

@@ -1,4 +1,4 @@
-"""``python -m benchmarks run [--ops OP,...] [--providers A,B] [--dtypes ...] [--modes ...] [--json FILE]``."""
+"""Measure the operators and the network: ``python -m benchmarks run --help``, ``python -m benchmarks overhead``."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import argparse
 import json
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from impure_fast.images import write_atomically
 
 from .registry import problems
-from .runner import MODES, measure
+from .runner import MODES, measure, overhead
 
 
 def main() -> None:
@@ -25,11 +26,21 @@ def main() -> None:
     run.add_argument("--modes", default=",".join(MODES))
     run.add_argument("--shapes", help="take only the shapes that hold this text")
     run.add_argument("--baseline", default="sdpa", help="ratios are against it, or the reference where it is missing")
-    run.add_argument("--rounds", type=int, default=31)
-    run.add_argument("--json", metavar="FILE")
+    empty = commands.add_parser("overhead", help="measure what a call costs beside its kernel")
+    for command in (run, empty):
+        command.add_argument("--rounds", type=int, default=31)
+        command.add_argument("--json", metavar="FILE")
     options = parser.parse_args()
 
     torch.set_num_threads(1)
+    rows = [overhead(options.rounds)] if options.command == "overhead" else _run(options)
+    if options.command == "overhead":
+        print(json.dumps(rows[0]))
+    if options.json:
+        write_atomically(options.json, lambda path: Path(path).write_text(json.dumps(rows, indent=1) + "\n"))
+
+
+def _run(options: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     for problem in problems(options.ops and options.ops.split(",")):
         if options.shapes and options.shapes not in problem.shape:
@@ -47,8 +58,7 @@ def main() -> None:
                     print(
                         f"{row['op']} {row['shape']:24} {dtype:9} {mode:9} {row['provider']:18} {figures}", flush=True
                     )
-    if options.json:
-        write_atomically(options.json, lambda path: Path(path).write_text(json.dumps(rows, indent=1) + "\n"))
+    return rows
 
 
 if __name__ == "__main__":

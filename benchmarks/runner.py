@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from impure_fast import ops
 from impure_fast.demo import processor_name
 from impure_fast.errors import BackendError
+from impure_fast.ops.reconstruction_attention import SPEC
 
 from .registry import Inputs, Problem
 
@@ -101,3 +103,26 @@ def _timed(function: Callable[..., Tensor], inputs: Inputs, mode: str) -> Callab
         return (time.process_time() - began) / repeats
 
     return run
+
+
+def overhead(rounds: int) -> dict[str, Any]:
+    """Microseconds of an operator's call in inference on a tensor so small that its kernel is free.
+
+    public: the function users call (checks, choice of a backend, torch's dispatch); overload: torch's dispatch alone.
+    """
+    q, k, v = torch.randn(1, 2, 3, 1, 8).unbind(2)
+    overload = SPEC.overloads["cpp"]
+    calls = {
+        "public": lambda: ops.reconstruction_attention(q, k, v, backend=None),
+        "overload": lambda: overload(q, k, v, 0.35, 0),
+    }
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    with torch.inference_mode():
+        for _ in range(rounds):
+            for name, call in calls.items():
+                began = time.process_time()
+                for _ in range(2000):
+                    call()
+                times[name].append((time.process_time() - began) / 2000)
+    medians = {f"{name}_us": round(1e6 * statistics.median(taken), 2) for name, taken in times.items()}
+    return {"op": SPEC.name, "mode": "dispatch overhead", **medians, "rounds": rounds, "machine": machine()}

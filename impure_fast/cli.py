@@ -258,7 +258,7 @@ def _info() -> dict[str, Any]:
     from . import ops
     from .demo import processor_name
     from .ops._dispatch import BACKENDS, can_run
-    from .ops._native import build_report
+    from .ops._native import build_report, introspect
 
     def installed(name: str) -> str | None:
         try:
@@ -284,7 +284,7 @@ def _info() -> dict[str, Any]:
         },
         "operators": {name: {backend: cell(name, backend) for backend in BACKENDS[1:]} for name in ops.__all__},
         "gpu": GPU_STATE,
-        "build": build_report(),
+        "build": {**(build_report() or {}), **introspect()},
     }
 
 

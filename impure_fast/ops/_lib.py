@@ -110,8 +110,11 @@ def _bind(backward: Function, run: Function) -> Function:
 
 def check_alike(operator: str, dtype: bool = True, **tensors: Tensor | None) -> None:
     """Raise unless all tensors lie on one device (and have one dtype), naming the two that differ."""
-    (first, x), *others = ((name, t) for name, t in tensors.items() if t is not None)
-    for name, other in others:
+    first, x = next(iter(tensors.items()))
+    assert x is not None
+    for name, other in tensors.items():
+        if other is None:
+            continue
         if other.device != x.device:
             raise InputError(f"{operator}: {first} is on {x.device}, but {name} is on {other.device}.")
         if dtype and other.dtype != x.dtype:

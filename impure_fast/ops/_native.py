@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -42,3 +43,17 @@ def why_not(part: str) -> str:
     except OSError as error:
         return f"{library.name} cannot be loaded into torch {torch.__version__}: {error}."
     return ""
+
+
+def introspect() -> dict[str, Any]:
+    """What the compiled parts say of themselves: {"compiler", "cpu_isa", "cuda_kernels"}; empty without _info."""
+    try:
+        info = import_module("impure_fast._info")
+    except ImportError:
+        return {}
+    found: dict[str, Any] = {"compiler": info.compiler()}
+    if not why_not("cpu"):
+        found["cpu_isa"] = info.cpu_isa(str(PACKAGE / "_cpu.abi3.so"))
+    if torch.cuda.is_available() and not why_not("cuda"):
+        found["cuda_kernels"] = info.cuda_kernels(str(PACKAGE / "_cuda.abi3.so"))
+    return found

@@ -47,7 +47,8 @@ def reconstruction_attention(
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     _check(q, k, v, chunks)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    if not q.stride(-1) == k.stride(-1) == v.stride(-1) == 1:
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     out, lse = _dispatch.run(SPEC, backend, q, k, v, scale, chunks)
     if not return_lse:
         return out
@@ -56,13 +57,16 @@ def reconstruction_attention(
 
 def _check(q: Tensor, k: Tensor, v: Tensor, chunks: int) -> None:
     _lib.check_alike("reconstruction_attention", q=q, k=k, v=v)
-    shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
-    if q.ndim != 4 or k.shape != v.shape or k.ndim != 4 or q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:]:
-        raise InputError(f"{shapes}: wanted q [B, Tq, heads, width] and k, v [B, T, heads, width].")
-    if not k.shape[1] or not k.shape[2] or not k.shape[3]:
-        raise InputError(f"{shapes}: keys, heads and width must not be empty.")
-    if chunks and (chunks < 2 or q.shape != k.shape or (q.shape[1] - chunks) % (2 * chunks) or q.shape[1] < 3 * chunks):
-        raise InputError(f"{shapes}, chunks={chunks}: wanted 2L + K rows in q, k and v, L a multiple of K >= 2.")
+    asked, held = q.shape, k.shape
+    if len(asked) != 4 or len(held) != 4 or held != v.shape or asked[0] != held[0] or asked[2:] != held[2:]:
+        wanted = "wanted q [B, Tq, heads, width] and k, v [B, T, heads, width]"
+    elif 0 in held[1:]:
+        wanted = "keys, heads and width must not be empty"
+    elif chunks and (chunks < 2 or asked != held or held[1] < 3 * chunks or (held[1] - chunks) % (2 * chunks)):
+        wanted = f"chunks={chunks} wants 2L + K rows in q, k and v, L a multiple of K >= 2"
+    else:
+        return
+    raise InputError(f"q {list(asked)}, k {list(held)}, v {list(v.shape)}: {wanted}.")
 
 
 def replica_rows(tokens: int, chunks: int, device: torch.device | str = "cpu") -> Tensor:

@@ -224,7 +224,7 @@ WRONG = {
     "heads": ((X[:, :, :1], X, X), {}, InputError, r"q \[2, 6, 1, 8\]"),
     "no keys": ((X, X[:, :0], X[:, :0]), {}, InputError, "must not be empty"),
     "values": ((X, X, X[:, :3]), {}, InputError, r"v \[2, 3, 2, 8\]"),
-    "chunks": ((X, X, X), {"chunks": 4}, InputError, r"chunks=4: wanted 2L \+ K rows"),
+    "chunks": ((X, X, X), {"chunks": 4}, InputError, r"chunks=4 wants 2L \+ K rows"),
     "dtypes": ((X, X.half(), X), {}, InputTypeError, "q is torch.float32, but k is torch.float16"),
     "devices": ((X, X.to("meta"), X), {}, InputError, "q is on cpu, but k is on meta"),
     "backend": ((X, X, X), {"backend": "fast"}, BackendError, "no backend 'fast'; choose one of auto, reference"),
