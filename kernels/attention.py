@@ -21,6 +21,17 @@ from torch import Tensor
 _LOG2E = tl.constexpr(1.4426950408889634)
 # The interpreter multiplies raw bits of bf16: give tl.dot fp32 there.
 _INTERPRETED = triton.knobs.runtime.interpret
+# (bytes an element, head width up to): queries, keys, warps; the largest without spills on sm_80 and sm_90.
+_TILES = {
+    (2, 16): (64, 64, 4),
+    (2, 32): (64, 64, 4),
+    (2, 64): (64, 32, 4),
+    (2, 128): (64, 32, 8),
+    (4, 16): (32, 32, 4),
+    (4, 32): (32, 32, 8),
+    (4, 64): (32, 32, 8),
+    (4, 128): (16, 16, 8),
+}
 
 
 @triton.jit
@@ -200,9 +211,9 @@ def _backward_kv(
     k_ptr += (image * k_stride[0] + head * k_stride[2]) * UNIT
     v_ptr += (image * v_stride[0] + head * v_stride[2]) * UNIT
     grad_ptr += (sequence * queries * heads + head) * WIDTH
-    row = _row(key, keys, replica, CHUNKS)
-    k = _load(k_ptr, row, k_stride[1] * UNIT, valid, WIDTH, PADDED, UPCAST)
-    v = _load(v_ptr, row, v_stride[1] * UNIT, valid, WIDTH, PADDED, UPCAST)
+    key_row = _row(key, keys, replica, CHUNKS)
+    k = _load(k_ptr, key_row, k_stride[1] * UNIT, valid, WIDTH, PADDED, UPCAST)
+    v = _load(v_ptr, key_row, v_stride[1] * UNIT, valid, WIDTH, PADDED, UPCAST)
     dk = tl.zeros((KEYS, PADDED), tl.float32)
     dv = tl.zeros((KEYS, PADDED), tl.float32)
     for start in range(0, queries, QUERIES):
@@ -224,17 +235,17 @@ def _backward_kv(
 
 
 def _tiles(queries: int, keys: int, q: Tensor) -> dict[str, Any]:
-    """Tile sizes and launch options by element and head width; keys in one tile up to 64."""
+    """Tile sizes and launch options by element size and head width; short sequences take smaller tiles."""
     padded = max(16, triton.next_power_of_2(q.shape[-1]))
-    most = 32 if q.dtype == torch.float32 else 64
+    most_queries, most_keys, warps = _TILES[q.element_size(), padded]
     return {
         "WIDTH": q.shape[-1],
         "PADDED": padded,
-        "QUERIES": max(16, min(most, triton.next_power_of_2(queries))),
-        "KEYS": max(16, min(most, triton.next_power_of_2(keys))),
+        "QUERIES": max(16, min(most_queries, triton.next_power_of_2(queries))),
+        "KEYS": max(16, min(most_keys, triton.next_power_of_2(keys))),
         "UPCAST": _INTERPRETED,
-        "num_warps": 4,
-        "num_stages": 1 if keys <= most else 2,
+        "num_warps": warps,
+        "num_stages": 2,
         "enable_fp_fusion": False,
     }
 
@@ -277,14 +288,16 @@ def backward(
     heads, queries = lse.shape[-2:]
     keys = queries if chunks else k.shape[1]
     sequences = math.prod(lse.shape[:-2])
-    dtype = torch.float32 if chunks else q.dtype  # summed over replicas before rounding
-    dq = q.new_empty((sequences, queries, heads, q.shape[-1]), dtype=dtype)
-    dk, dv = (q.new_empty((sequences, keys, heads, q.shape[-1]), dtype=dtype) for _ in range(2))
+    grad, out, lse = grad.contiguous(), out.contiguous(), lse.contiguous()
     delta = torch.empty_like(lse)
+    if chunks:  # each replica's own, to be summed in fp32
+        own = q.new_empty((3, sequences, queries, heads, q.shape[-1]), dtype=torch.float32)
+        dq, dk, dv = own.unbind()
+    else:
+        dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     tiles = _tiles(queries, keys, q)
     (q, k, v), rows = _rows(q, k, v)
     sizes = {"scale": scale, "heads": heads, "queries": queries, "keys": keys, "CHUNKS": chunks, **rows, **tiles}
-    grad, out, lse = grad.contiguous(), out.contiguous(), lse.contiguous()
     with torch.cuda.device_of(q):
         if dq.numel():
             grid = (sequences * heads * triton.cdiv(queries, tiles["QUERIES"]),)
@@ -292,16 +305,16 @@ def backward(
         if dk.numel():
             grid = (sequences * heads * triton.cdiv(keys, tiles["KEYS"]),)
             _backward_kv[grid](grad, q, k, v, lse, delta, dk, dv, **sizes)
-    if not chunks:
-        return dq, dk, dv
-    return _packed(dq, chunks, q.dtype), _packed(dk, chunks, q.dtype), _packed(dv, chunks, q.dtype)
+    if chunks:
+        dq, dk, dv = _packed(own, chunks, q.dtype).unbind()
+    return dq, dk, dv
 
 
-def _packed(x: Tensor, chunks: int, dtype: torch.dtype) -> Tensor:
-    """Sum the replicas' own rows [N*K, L + 1, h, d] into the packed rows that they read, [N, 2L + K, h, d]."""
-    x = x.unflatten(0, (-1, chunks))
-    patches = x[:, :, 1:].unflatten(2, (chunks, -1))  # [N, replica, chunk, S, h, d]
-    own = torch.eye(chunks, dtype=torch.bool, device=x.device)[:, :, None, None, None]
-    clean = patches.masked_fill(own, 0).sum(1)
-    hidden = patches.diagonal(dim1=1, dim2=2).movedim(-1, 1)
-    return torch.cat((clean.flatten(1, 2), hidden.flatten(1, 2), x[:, :, 0]), 1).to(dtype)
+def _packed(own: Tensor, chunks: int, dtype: torch.dtype) -> Tensor:
+    """Sum the replicas' own rows [3, N*K, L + 1, h, d] into the packed rows that they read, [3, N, 2L + K, h, d]."""
+    own = own.unflatten(1, (-1, chunks))
+    patches = own[:, :, :, 1:].unflatten(3, (chunks, -1))  # [3, N, replica, chunk, S, h, d]
+    hides = torch.eye(chunks, dtype=torch.bool, device=own.device)[:, :, None, None, None]
+    clean = patches.masked_fill(hides, 0).sum(2)
+    hidden = patches.diagonal(dim1=2, dim2=3).movedim(-1, 2)
+    return torch.cat((clean.flatten(2, 3), hidden.flatten(2, 3), own[:, :, :, 0]), 2).to(dtype)

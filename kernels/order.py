@@ -1,7 +1,7 @@
 """Stable ranks by counting: rank_i = #{u_j < u_i} + #{j < i, u_j = u_i}.
 
 One program ranks a block of one image's uniforms against all of them, block by block; a [64, 64] tile of comparisons
-lies in registers.  Moves 4 bytes in (64-fold less often than compared) and 16 out an element; no backward.
+lies in registers.  Moves 4 bytes in (L / 64 times, from L2 but for the first) and 16 out an element; no backward.
 """
 
 # mypy: allow-untyped-defs
@@ -48,5 +48,7 @@ def forward(uniforms: Tensor) -> tuple[Tensor, Tensor]:
     if order.numel():
         grid = (n * triton.cdiv(tokens, BLOCK),)
         with torch.cuda.device_of(uniforms):
-            _forward[grid](uniforms, order, restore, uniforms.stride(), tokens, BLOCK=BLOCK, num_warps=4)
+            _forward[grid](
+                uniforms, order, restore, uniforms.stride(), tokens, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=False
+            )
     return order, restore

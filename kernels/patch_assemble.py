@@ -1,9 +1,9 @@
 """Shuffled patch pixels to an image: unshuffle, unpatchify, 3x3 convolution, un-normalise, clamp, round; one pass.
 
-One program makes a tile [4, B] of channels (three and a pad) by pixels, 4 pixels a thread.  It walks the nine taps;
-each is a gather of three neighbouring values of one patch, from L1 but for the first use.  Moves 1 element in, 1 out.
-Backward: the same walk recomputes the image where the clamp asks for it, writes the gradient behind the convolution
-and the program's part of the weights' gradient; a second kernel walks the taps the other way, to the patches.
+One program makes a tile [4, B] of channels (three and a pad) by pixels, 4 (backward 2) a thread.  It walks the nine
+taps; each is a gather of three neighbouring values of one patch, from L1 but for the first use.  Moves 1 element in
+and 1 out.  Backward: the same walk recomputes the image where the clamp asks for it, writes the gradient behind the
+convolution and the program's part of the weights' gradient; a second kernel walks the taps back to the patches.
 """
 
 # mypy: allow-untyped-defs
@@ -15,8 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 FORWARD_BLOCK = 512
-# Backward sums 84 numbers over the block: in one warp that needs no barrier.
-BACKWARD_BLOCK = 128
+# One warp: backward sums 84 numbers over the block, and there that needs no barrier.
+BACKWARD_BLOCK = 64
 
 
 @triton.jit
@@ -39,7 +39,7 @@ def _values(restore_ptr, stride, image, y, x, mask, rows, cols, PATCH: tl.conste
     """Offsets in the patches of the first channel of pixels (y, x)."""
     token = tl.load(restore_ptr + image * rows * cols + y // PATCH * cols + x // PATCH, mask, 0)
     value = (y % PATCH * PATCH + x % PATCH) * 3
-    return image * stride[0] + token * stride[1] + value.to(tl.int64) * stride[2]
+    return image * stride[0] + token.to(tl.int64) * stride[1] + value.to(tl.int64) * stride[2]
 
 
 @triton.jit
@@ -57,14 +57,15 @@ def _convolve(
         result = tl.load(patches_ptr + offset, mask & (channel < 3), 0).to(tl.float32)
     else:
         result = tl.load(bias_ptr + channel, channel < 3, 0).to(tl.float32) + tl.zeros(mask.shape, tl.float32)
-        for tap in tl.static_range(9):
-            ty, tx = y + (tap // 3 - 1), x + (tap % 3 - 1)
-            seen = mask & _inside(ty, tx, rows, cols, PATCH)
-            source = patches_ptr + _values(restore_ptr, stride, image, ty, tx, seen, rows, cols, PATCH)
-            for c in tl.static_range(3):
-                value = tl.load(source + c * stride[2], seen, 0).to(tl.float32)
-                weight = tl.load(weight_ptr + channel * 27 + (c * 9 + tap), channel < 3, 0).to(tl.float32)
-                result = tl.fma(value, weight, result)
+        for tap_row in range(3):
+            for tap_col in tl.static_range(3):
+                ty, tx = y + (tap_row - 1), x + (tap_col - 1)
+                seen = mask & _inside(ty, tx, rows, cols, PATCH)
+                source = patches_ptr + _values(restore_ptr, stride, image, ty, tx, seen, rows, cols, PATCH)
+                for c in tl.static_range(3):
+                    value = tl.load(source + c * stride[2], seen, 0).to(tl.float32)
+                    tap = weight_ptr + (channel * 3 + c) * 9 + tap_row * 3 + tap_col
+                    result = tl.fma(value, tl.load(tap, channel < 3, 0).to(tl.float32), result)
     return result
 
 
@@ -123,17 +124,17 @@ def _backward_image(
     grad = tl.load(grad_ptr + image * grad_stride[0] + offset, mask & (channel < 3), 0).to(tl.float32)
     grad *= _three(std, channel)
     if CLAMP:  # as torch.clamp with two bounds: nothing passes at the bounds themselves
-        value = _convolve(
+        clamped = _convolve(
             patches_ptr, restore_ptr, weight_ptr, bias_ptr, stride, image, channel, y, x, mask, rows, cols, PATCH
         )
-        value = value * _three(std, channel) + _three(mean, channel)
-        grad = tl.where((value > 0.0) & (value < 1.0), grad, 0.0)
+        clamped = clamped * _three(std, channel) + _three(mean, channel)
+        grad = tl.where((clamped > 0.0) & (clamped < 1.0), grad, 0.0)
     tl.store(inner_ptr + (image * 3 + channel) * rows * cols * (PATCH * PATCH) + pixel, grad, mask & (channel < 3))
     if weight_ptr is not None:
         part = parts_ptr + tl.program_id(0).to(tl.int64) * 84 + tl.arange(0, 4)
         tl.store(part + 81, tl.sum(grad, 1), tl.arange(0, 4) < 3)
         part += tl.arange(0, 4) * 26
-        for tap in tl.static_range(9):
+        for tap in range(9):
             ty, tx = y + (tap // 3 - 1), x + (tap % 3 - 1)
             seen = mask & _inside(ty, tx, rows, cols, PATCH)
             source = patches_ptr + _values(restore_ptr, stride, image, ty, tx, seen, rows, cols, PATCH)
@@ -161,21 +162,23 @@ def _backward_patches(
         grad = tl.load(source + channel.to(tl.int64) * plane, mask & (channel < 3), 0)
     else:
         grad = tl.zeros((4, BLOCK), tl.float32)
-        for tap in tl.static_range(9):
-            # The output pixel that saw this one through the tap lies on the tap's other side.
-            dy, dx = 1 - tap // 3, 1 - tap % 3
-            seen = mask & _inside(y + dy, x + dx, rows, cols, PATCH)
-            for c in tl.static_range(3):
-                value = tl.load(source + (c * plane + dy * cols * PATCH + dx), seen, 0)
-                weight = tl.load(weight_ptr + channel * 9 + (c * 27 + tap), channel < 3, 0).to(tl.float32)
-                grad = tl.fma(value, weight, grad)
+        for tap_row in range(3):
+            for tap_col in tl.static_range(3):
+                # The output pixel that saw this one through the tap lies on the tap's other side.
+                dy, dx = 1 - tap_row, 1 - tap_col
+                seen = mask & _inside(y + dy, x + dx, rows, cols, PATCH)
+                for c in tl.static_range(3):
+                    value = tl.load(source + (c * plane + dy * cols * PATCH + dx), seen, 0)
+                    tap = weight_ptr + (c * 3 + channel) * 9 + tap_row * 3 + tap_col
+                    grad = tl.fma(value, tl.load(tap, channel < 3, 0).to(tl.float32), grad)
     out = d_patches_ptr + _values(restore_ptr, stride, image, y, x, mask, rows, cols, PATCH) + channel
     tl.store(out, grad.to(d_patches_ptr.dtype.element_ty), mask & (channel < 3))
 
 
 def _restore(order: Tensor) -> Tensor:
-    places = torch.arange(order.shape[1], device=order.device).expand(order.shape)
-    return torch.empty_like(places, memory_format=torch.contiguous_format).scatter_(1, order, places)
+    """[N, L] int32, the inverse permutation."""
+    tokens = torch.arange(order.shape[1], dtype=torch.int32, device=order.device)
+    return tokens.new_empty(order.shape).scatter_(1, order, tokens.expand(order.shape))
 
 
 def _patch(patches: Tensor) -> int:

@@ -31,7 +31,7 @@ def _offset(stride, image, channel, y, x):
     return image * stride[0] + channel * stride[1] + y.to(tl.int64) * stride[2] + x.to(tl.int64) * stride[3]
 
 
-@triton.jit(do_not_specialize=["seed"])
+@triton.jit(do_not_specialize=["seed", "images"])
 def _forward(
     images_ptr,
     order_ptr,
@@ -85,7 +85,7 @@ def _forward(
             tl.store(noised_ptr + out, noised.to(rows_ptr.dtype.element_ty), mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["images"])
 def _backward(
     grad_ptr,
     order_ptr,

@@ -7,6 +7,8 @@ One program makes 1024 pixels of one channel plane, 8 a thread.  Of the two imag
 # mypy: allow-untyped-defs
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -16,24 +18,21 @@ BLOCK = 1024
 
 
 @triton.jit
-def _place(shown_ptr, channels, height, width, PATCH: tl.constexpr, BLOCK: tl.constexpr):
-    """This program's image, channel, pixels (flat, row, column), which of them exist, and which show the input."""
-    pixels = height * width
-    blocks = tl.cdiv(pixels, BLOCK)
+def _pixels(shown_ptr, channels, height, width, PATCH: tl.constexpr, RUN: tl.constexpr, BLOCK: tl.constexpr):
+    """This program's image and channel; its runs of pixels within one patch: row, columns, which show the input."""
+    runs = height * width // RUN
+    blocks = tl.cdiv(runs, BLOCK // RUN)
     plane = tl.program_id(0) // blocks
     image, channel = (plane // channels).to(tl.int64), (plane % channels).to(tl.int64)
-    pixel = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    y, x = pixel // width, pixel % width
-    cols = width // PATCH
-    flag = shown_ptr + image * (height // PATCH * cols) + y // PATCH * cols + x // PATCH
-    mask = pixel < pixels
-    return image, channel, pixel, y, x, mask, tl.load(flag, mask, 0) != 0
+    run = (tl.program_id(0) % blocks * (BLOCK // RUN) + tl.arange(0, BLOCK // RUN))[:, None]
+    y, x = run // (width // RUN), run % (width // RUN) * RUN
+    flag = shown_ptr + image * (height // PATCH * (width // PATCH)) + y // PATCH * (width // PATCH) + x // PATCH
+    return image, channel, y, x + tl.arange(0, RUN)[None, :], run < runs, tl.load(flag, run < runs, 0) != 0
 
 
 @triton.jit
-def _load(ptr, stride, image, channel, y, x, mask):
-    offset = image * stride[0] + channel * stride[1] + y.to(tl.int64) * stride[2] + x.to(tl.int64) * stride[3]
-    return tl.load(ptr + offset, mask, 0)
+def _offset(stride, image, channel, y, x):
+    return image * stride[0] + channel * stride[1] + y.to(tl.int64) * stride[2] + x.to(tl.int64) * stride[3]
 
 
 @triton.jit
@@ -48,12 +47,13 @@ def _forward(
     height,
     width,
     PATCH: tl.constexpr,
+    RUN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    image, channel, pixel, y, x, mask, shown = _place(shown_ptr, channels, height, width, PATCH, BLOCK)
-    kept = _load(purified_ptr, purified_stride, image, channel, y, x, mask & ~shown)
-    put = _load(images_ptr, image_stride, image, channel, y, x, mask & shown)
-    out = mixed_ptr + (image * channels + channel) * height * width + pixel
+    image, channel, y, x, mask, shown = _pixels(shown_ptr, channels, height, width, PATCH, RUN, BLOCK)
+    kept = tl.load(purified_ptr + _offset(purified_stride, image, channel, y, x), mask & ~shown, 0)
+    put = tl.load(images_ptr + _offset(image_stride, image, channel, y, x), mask & shown, 0)
+    out = mixed_ptr + (image * channels + channel) * height * width + y * width + x
     tl.store(out, tl.where(shown, put, kept), mask)
 
 
@@ -68,11 +68,12 @@ def _backward(
     height,
     width,
     PATCH: tl.constexpr,
+    RUN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    image, channel, pixel, y, x, mask, shown = _place(shown_ptr, channels, height, width, PATCH, BLOCK)
-    grad = _load(grad_ptr, grad_stride, image, channel, y, x, mask)
-    out = (image * channels + channel) * height * width + pixel
+    image, channel, y, x, mask, shown = _pixels(shown_ptr, channels, height, width, PATCH, RUN, BLOCK)
+    grad = tl.load(grad_ptr + _offset(grad_stride, image, channel, y, x), mask, 0)
+    out = (image * channels + channel) * height * width + y * width + x
     tl.store(d_purified_ptr + out, tl.where(shown, 0.0, grad), mask)
     tl.store(d_images_ptr + out, tl.where(shown, grad, 0.0), mask)
 
@@ -87,7 +88,8 @@ def forward(purified: Tensor, images: Tensor, order: Tensor, start: int, stop: i
     n, channels, height, width = images.shape
     mixed = purified.new_empty(purified.shape)
     if mixed.numel():
-        grid = (n * channels * triton.cdiv(height * width, BLOCK),)
+        run = math.gcd(patch, 16)
+        grid = (n * channels * triton.cdiv(height * width // run, BLOCK // run),)
         with torch.cuda.device_of(images):
             _forward[grid](
                 purified,
@@ -100,8 +102,10 @@ def forward(purified: Tensor, images: Tensor, order: Tensor, start: int, stop: i
                 height,
                 width,
                 PATCH=patch,
+                RUN=run,
                 BLOCK=BLOCK,
                 num_warps=4,
+                enable_fp_fusion=False,
             )
     return mixed
 
@@ -111,7 +115,8 @@ def backward(grad: Tensor, order: Tensor, start: int, stop: int, patch: int) -> 
     n, channels, height, width = grad.shape
     d_purified, d_images = grad.new_empty(grad.shape), grad.new_empty(grad.shape)
     if grad.numel():
-        grid = (n * channels * triton.cdiv(height * width, BLOCK),)
+        run = math.gcd(patch, 16)
+        grid = (n * channels * triton.cdiv(height * width // run, BLOCK // run),)
         with torch.cuda.device_of(grad):
             _backward[grid](
                 grad,
@@ -123,7 +128,9 @@ def backward(grad: Tensor, order: Tensor, start: int, stop: int, patch: int) -> 
                 height,
                 width,
                 PATCH=patch,
+                RUN=run,
                 BLOCK=BLOCK,
                 num_warps=4,
+                enable_fp_fusion=False,
             )
     return d_purified, d_images

@@ -7,6 +7,7 @@ Rows feed the patch embedding as one matrix product; values lie as its weight do
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -97,7 +98,7 @@ def reference(
         return rows
     if noise is None:
         assert seed is not None and streams is not None
-        noise = normal(seed, streams, IMAGE_NOISE, x[0].numel()).view(x.shape)
+        noise = normal(seed, streams, IMAGE_NOISE, math.prod(x.shape[1:])).view(x.shape)
     a, b = (t.to(x.dtype).view(-1, 1, 1, 1) for t in (signal, level))
     noised = a * x + b * noise.to(x.dtype)
     return torch.cat((rows, gather_tokens(to_rows(noised, patch), order)))

@@ -107,7 +107,7 @@ def test_reference_is_embedding_by_convolution():
     assert torch.allclose(rows @ weight.flatten(1).T, wanted, atol=2e-4)
 
 
-@backends(NAME)
+@pytest.mark.parametrize("backend", ["reference", *SPEC.dtypes])
 def test_empty_batch(backend):
     need(NAME, backend)
     device = device_of(backend)
@@ -115,7 +115,11 @@ def test_empty_batch(backend):
     order = torch.zeros(0, 4, dtype=torch.int64, device=device)
     assert ops.patch_mask(images, order, 4, MEAN, STD, backend=backend).shape == (0, 4, 48)
     noised = ops.patch_mask(images, order, 4, MEAN, STD, signal=none, level=none, noise=images, backend=backend)
-    assert noised.shape == (0, 4, 48)
+    streams = torch.zeros(0, dtype=torch.int64, device=device)
+    made = ops.patch_mask(
+        images, order, 4, MEAN, STD, signal=none, level=none, seed=1, streams=streams, backend=backend
+    )
+    assert noised.shape == made.shape == (0, 4, 48)
 
 
 def test_gradcheck():
