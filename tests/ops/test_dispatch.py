@@ -1,10 +1,13 @@
 """Which backend runs: wishes and their order, reasons, the one warning of a fall-back."""
 
 import logging
+import os
 import pickle
+import re
 import subprocess
 import sys
 import threading
+from importlib import import_module
 
 import pytest
 import torch
@@ -164,6 +167,51 @@ def test_a_library_that_does_not_load_is_a_reason(tmp_path, monkeypatch):
     assert look("cpu") == "The compiled cpu part is not built. There is no C++ compiler."
     (tmp_path / "_cpu.abi3.so").write_bytes(b"not a library")
     assert "_cpu.abi3.so cannot be loaded into torch" in look("cpu")
+
+
+def test_a_built_cuda_library_loads_even_without_a_device():
+    if not (_native.PACKAGE / "_cuda.abi3.so").exists():
+        pytest.skip(_native.why_not("cuda"))
+    assert _native.why_not("cuda") == ""
+
+
+def test_compiled_parts_tell_how_they_were_built():
+    told = _native.introspect()
+    if not told:
+        pytest.skip("impure_fast._info is not built")
+    assert re.match(r"\d+\.", told["compiler"])
+    if not _native.why_not("cpu"):
+        assert told["cpu_isa"] in ("scalar", "avx2", "avx512", "avx512+bf16")
+    if (_native.PACKAGE / "_cuda.abi3.so").exists() and not _native.why_not("cuda"):
+        kernels = import_module("impure_fast._info").cuda_kernels(str(_native.PACKAGE / "_cuda.abi3.so"))
+        assert any("attention_forward" in kernel["name"] for kernel in kernels)
+        assert torch.cuda.is_available() or {kernel["registers"] for kernel in kernels} == {-1}
+
+
+@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512"])
+def test_every_instruction_set_agrees(isa):
+    """The choice is made when the library loads, so each is a process of its own."""
+    if reasons := can_run("reconstruction_attention", "cpp"):
+        pytest.skip(" ".join(reasons))
+    code = """
+import torch, impure_fast as imp
+from impure_fast.ops import _native
+torch.set_num_threads(1)
+for dtype, limit in ((torch.float32, 3e-6), (torch.bfloat16, 3e-2)):
+    for shape, chunks in (((2, 50, 3, 2, 24), 0), ((1, 2 * 48 + 4, 3, 2, 32), 4)):
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+        y = x.detach().double().requires_grad_()
+        got = imp.ops.reconstruction_attention(*x.unbind(2), chunks=chunks, backend="cpp")
+        true = imp.ops.reconstruction_attention(*y.unbind(2), chunks=chunks, backend="reference")
+        for a, b in ((got, true), (torch.autograd.grad(got.sum(), x)[0], torch.autograd.grad(true.sum(), y)[0])):
+            assert float((a - b).abs().max()) < limit * float(b.abs().max()), (dtype, shape)
+print(_native.introspect().get("cpu_isa"))
+"""
+    environment = {**os.environ, "IMPURE_FAST_CPU_ISA": isa}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr
+    # A machine without the instruction set takes its best below.
+    assert run.stdout.split()[-1] in ("None", isa, "scalar", "avx2")
 
 
 def test_an_unset_interpreter_is_named_for_triton_on_a_cpu():
