@@ -14,12 +14,14 @@ help: ## list the targets
 
 setup: $(STAMP) ## install the package, editable, with all extras into .venv
 
+# pip builds this package before it installs torch, so the native parts come after.
 $(STAMP): pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
 		{ echo "$(PYTHON) cannot make virtual environments; install its venv module (Debian, Ubuntu: apt install python3-venv) or set PYTHON=."; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade -c constraints.txt pip $(BUILD_TOOLS)
-	$(BIN)/python -m pip install --no-build-isolation -c constraints.txt -e ".[$(EXTRAS)]"
+	IMPURE_FAST_BUILD=none $(BIN)/python -m pip install --no-build-isolation -c constraints.txt -e ".[$(EXTRAS)]"
+	$(BIN)/python setup.py build_ext --inplace
 	touch $@
 
 demo: $(STAMP) ## attack a classifier and defend it: demo.json, demo.png

@@ -99,9 +99,11 @@ class BuildParts(build_ext):
     def run(self):
         super().run()
         built = [part for part in reasons if not reasons[part]]
-        report = {"mode": MODE, "built": built, "not_built": {part: why for part, why in reasons.items() if why}}
+        report: dict = {"mode": MODE, "built": built, "not_built": {part: why for part, why in reasons.items() if why}}
         if built:
-            report |= {"flags": FLAGS, "torch": import_module("torch").__version__}
+            report["flags"] = FLAGS
+        if "torch" in sys.modules:
+            report["torch"] = sys.modules["torch"].__version__
         if "cuda" in built:
             report["cuda_architectures"] = os.environ["TORCH_CUDA_ARCH_LIST"]
         path = Path("." if self.inplace else self.build_lib, "impure_fast", "_build.json")
