@@ -47,10 +47,6 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: [B, T, W] -> [B, T, W]."""
-        return self.proj(self.attend(x))
-
     def attend(self, x: Tensor, hidden: Tensor | None = None, chunks: int = 0) -> Tensor:
         """Attention before its projection.  x: [B, T, W] -> [B, T, W].
 

@@ -11,6 +11,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextvars import ContextVar
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -106,7 +107,7 @@ def _probe(backend: str) -> str:
         return _native.why_not("cpu")
     if backend == "triton":
         try:
-            import triton  # noqa: F401
+            import_module("triton")
         except ImportError as error:
             return f"Triton cannot be imported ({error}); it comes with torch on Linux."
         if not torch.cuda.is_available() and not _interpreted():
