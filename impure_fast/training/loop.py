@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..checkpoints import load_state, read_safetensors, save_safetensors
 from ..config import PRESETS, IMPureConfig
@@ -44,6 +45,7 @@ class TrainConfig:
         pictures of the data are never used.
     adversarial, noisy: shares of the inputs with a perturbation and with sign noise; the others are clean.
     lr, warmup, weight_decay, clip: AdamW (0.9, 0.95), linear warm-up steps, then cosine to 0.
+    ema: decay of the weights' running average, which is then what the run gives; 0 gives the last weights.
     guide_nodes, guide_weights: nodes of EfficientNet-Lite0 and the weights of their L1 terms.
     mix_chunks: at most this many chunks in patch mixing (SPEC section 5); 0 shows the guide no input patches.
     """
@@ -62,6 +64,7 @@ class TrainConfig:
     warmup: int = 200
     weight_decay: float = 0.05
     clip: float = 1.0
+    ema: float = 0.0
     pixel_weight: float = 1.0
     guide_nodes: tuple[str, ...] = ("blocks.1", "blocks.3", "blocks.6", "global_pool", "classifier")
     guide_weights: tuple[float, ...] = (0.05, 0.1, 0.3, 2.0, 0.5)
@@ -77,6 +80,8 @@ class TrainConfig:
             raise ConfigError(f"guide_weights={self.guide_weights}: give one for each of guide_nodes.")
         if self.mix_chunks == 1 or self.mix_chunks < 0:
             raise ConfigError(f"mix_chunks={self.mix_chunks}: must be 0 or at least 2.")
+        if not 0 <= self.ema < 1:
+            raise ConfigError(f"ema={self.ema}: must be in [0, 1).")
 
     @classmethod
     def from_file(cls, path: str | Path | None, **changes: Any) -> TrainConfig:
@@ -245,13 +250,17 @@ def train(
     model.to(device).train()
     guide = Guide(classifier.to(device), [f"network.{node}" for node in config.guide_nodes])
     optimiser = torch.optim.AdamW(parameter_groups(model, config.weight_decay), lr=config.lr, betas=(0.9, 0.95))
-    start = _restore(output / "checkpoint.pt", model, optimiser)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema)) if config.ema else None
+    start = _restore(output / "checkpoint.pt", model, optimiser, average)
     log = _Log(output / "log.jsonl", start) if rank == 0 else None
 
     def save(step: int) -> None:
         state = {"step": step, "model": model.state_dict(), "optimizer": optimiser.state_dict()}
+        given = model
+        if average is not None:
+            state["average"], given = average.state_dict(), average.module
         write_atomically(output / "checkpoint.pt", lambda path: torch.save(state, path))
-        save_safetensors(output / "model.safetensors", model.state_dict(), model.config, torch.float16)
+        save_safetensors(output / "model.safetensors", given.state_dict(), model.config, torch.float16)
         plot_curves(output / "log.jsonl", output / "curves.png")
 
     share = config.batch // world
@@ -282,6 +291,8 @@ def train(
                 raise Error(f"The loss is {figures['loss']} at step {step}: {figures}.")
             norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
             optimiser.step()
+            if average is not None:
+                average.update_parameters(model)
             figures |= {"grad_norm": norm.item(), "lr": learning_rate(config, step)}
             figures["pictures_per_second"] = config.batch / (time.perf_counter() - began)
             if log is not None:
@@ -331,13 +342,15 @@ def _pairs(config: TrainConfig, images: PackedImages, classifier: nn.Module, out
     )
 
 
-def _restore(path: Path, model: nn.Module, optimiser: torch.optim.Optimizer) -> int:
+def _restore(path: Path, model: nn.Module, optimiser: torch.optim.Optimizer, average: nn.Module | None) -> int:
     if not path.exists():
         return 0
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         model.load_state_dict(state["model"])
         optimiser.load_state_dict(state["optimizer"])
+        if average is not None:
+            average.load_state_dict(state["average"])
     except Exception as error:  # torch raises many kinds for damaged files
         raise CheckpointError(f"{path} cannot be resumed from: {error}. Remove it to start over.") from error
     return int(state["step"])
