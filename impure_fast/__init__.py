@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from . import ops
     from .checkpoints import LoadReport
     from .draws import Draws
+    from .engine import Engine
     from .model import IMPure
     from .ops._dispatch import backend, can_run, last_backends, set_backend
     from .purify import PurifiedClassifier
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 else:
     _HOMES = {
         "Draws": "draws",
+        "Engine": "engine",
         "IMPure": "model",
         "LoadReport": "checkpoints",
         "PurifiedClassifier": "purify",
@@ -52,6 +54,7 @@ else:
 
 __all__ = [
     "Draws",
+    "Engine",
     "Error",
     "IMPure",
     "IMPureConfig",

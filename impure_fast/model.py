@@ -124,6 +124,13 @@ def noise_schedule() -> tuple[Tensor, Tensor]:
     return kept.sqrt(), (1 - kept).sqrt()
 
 
+def table_cells(config: IMPureConfig, positions: Tensor, rows: int, cols: int) -> Tensor:
+    """Cells of the position tables that a grid covers, raster order: positions [N, 2] -> [N, L] int64 (SPEC 2.4)."""
+    device, side = positions.device, config.table_side
+    raster = torch.arange(rows, device=device)[:, None] * side + torch.arange(cols, device=device)
+    return positions[:, :1] * side + positions[:, 1:] + raster.flatten()
+
+
 def hidden_rows(x: Tensor, chunks: int) -> Tensor:
     """The rows of chunk i in replica i.  x: [N*K, 1 + L, E] -> [N*K, M, E]."""
     own = x[:, 1:].unflatten(0, (-1, chunks)).unflatten(2, (chunks, -1))  # [N, K, K, M, E]
@@ -270,11 +277,7 @@ class IMPure(nn.Module):
             return x
 
         rows, cols, _ = grid_of(self.config, images.shape)
-        raster = torch.arange(rows, device=images.device)[:, None] * self.config.table_side + torch.arange(
-            cols, device=images.device
-        )
-        corner = draws.positions[:, :1] * self.config.table_side + draws.positions[:, 1:]
-        cells = note("index_pos", corner + raster.flatten())  # [N, L] cells of the position tables
+        cells = note("index_pos", table_cells(self.config, draws.positions, rows, cols))
         note("ids_shuffle", draws.order)
         if "ids_restore" in keep:
             note("ids_restore", draws.restore)
@@ -407,9 +410,10 @@ class IMPure(nn.Module):
             image_step=self.config.image_step if image_step is None else image_step,
             feature_step=self.config.feature_step if feature_step is None else feature_step,
         )
-        return purify_images(
-            self, config, images, seed=seed, streams=streams, draws=draws, clamp=clamp, max_batch=max_batch, check=check
-        )
+        dtype = self.cls_token.dtype
+        options: dict[str, Any] = dict(seed=seed, streams=streams, draws=draws)
+        options |= dict(clamp=clamp, max_batch=max_batch, check=check)
+        return purify_images(self, config, dtype, images, **options)
 
     def save_pretrained(self, folder: str, card: str | None = None) -> None:
         """Write ``model.safetensors`` (config inside), ``config.json`` and, if given, a model card."""

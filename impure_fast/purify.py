@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,12 +24,8 @@ TILE_MEMORY = 256 * 2**20  # bytes of activations that one network call may take
 BAND_TILES = 1024  # tiles held at once
 
 
-class Network(Protocol):
-    """What purification needs of a network."""
-
-    def reconstruct(self, images: Tensor, draws: Draws) -> tuple[Tensor, Any]: ...
-    def to_image(self, prediction: Tensor, rows: int, cols: int) -> Tensor: ...
-    def parameters(self) -> Any: ...
+# (tiles [T, 3, h, w] in [0, 1], their draws) -> purified tiles, unclamped
+Network = Callable[[Tensor, Draws], Tensor]
 
 
 def to_float(images: NDArray[np.uint8]) -> Tensor:
@@ -161,6 +157,7 @@ def default_max_batch(config: IMPureConfig, height: int, width: int) -> int:
 def purify_images(
     network: Network,
     config: IMPureConfig,
+    dtype: torch.dtype,
     images: Tensor,
     *,
     seed: int | None,
@@ -170,12 +167,12 @@ def purify_images(
     max_batch: int | None,
     check: bool,
 ) -> Tensor:
-    """The body of ``IMPure.purify``, for any network with ``reconstruct``."""
+    """The body of ``IMPure.purify``, for any network; dtype: of the tiles it takes."""
     _check_images(images, clamp, check)
     if images.ndim == 3:
         options: dict[str, Any] = dict(seed=seed, streams=streams, draws=draws)
         options |= dict(clamp=clamp, max_batch=max_batch, check=False)
-        return purify_images(network, config, images[None], **options)[0]
+        return purify_images(network, config, dtype, images[None], **options)[0]
     n = len(images)
     if n == 0:
         return images.clone()
@@ -186,8 +183,6 @@ def purify_images(
         raise InputError(f"streams must be {n} integers in [0, 2**32), one an image; got {ids.tolist()[:8]}.")
     ids = ids.to(images.device)
     key = seed_or_fresh(seed)
-    dtype = next(network.parameters()).dtype
-    p = config.patch_size
     tiling = Tiling.of(config, *images.shape[2:])
     (height, width), count = tiling.tile, math.prod(tiling.count)
     size = max_batch or default_max_batch(config, height, width)
@@ -202,8 +197,7 @@ def purify_images(
                 own = Draws.sample(config, part.shape, key, ids[i] + (j << 32), device=part.device)
             else:
                 own = draws.take(i * count + j)
-            prediction, _ = network.reconstruct(part, own)
-            parts.append(network.to_image(prediction, height // p, width // p))
+            parts.append(network(part, own))
         return torch.cat(parts)
 
     # Without a gradient to the image nobody needs the graph, though the weights would ask for one.

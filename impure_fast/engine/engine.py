@@ -1,0 +1,247 @@
+"""``Engine``: ``model.purify`` for service.  Same law, weights folded and packed in one precision, no gradients.
+
+images -> purify_images (checks, tiles, draws; as the model's) -> Folded, on each device its own -> images
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..draws import Draws, seed_or_fresh, stream_ids
+from ..errors import ConfigError, Error, InputError
+from ..model import IMPure
+from ..purify import purify_images
+from .folded import Folded
+from .products import Observed, OneDnn, OneDnnInt8, Plain, onednn_missing
+
+PRECISIONS = {"cpu": ("fp32", "bf16", "int8"), "cuda": ("fp32", "bf16", "fp16")}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+KEPT = 10_000  # calls whose times stats() looks at
+
+
+class Engine:
+    """A purifier ready for service.
+
+    model: an ``IMPure``, of which the engine folds a copy; changed weights (an optimiser's step, load_state_dict) are
+        noticed at the next call and folded anew.  Writes through ``.data`` leave no trace: call ``refresh`` after them.
+    precision: "fp32", "bf16" or "int8" on a CPU, "fp32", "bf16" or "fp16" on a GPU; None takes bf16 where the
+        hardware has it, else fp32.
+    batch_sizes: tiles that one network call may take; the largest bounds memory.  None: as ``model.purify``.
+    device: as torch names it, or several, over which batches are split; None stays with the model's.
+    calibration: for int8, pictures [N, 3, H, W] in [0, 1], at least as large as a tile, whose activations fix the
+        scales; None takes synthetic ones.
+
+    Results equal ``model.purify`` under the same seed and streams up to the precision.  Thread-safe; can be pickled,
+    and is then folded again at the first call.  Raises ConfigError for options that cannot be.
+    """
+
+    def __init__(
+        self,
+        model: IMPure,
+        *,
+        precision: str | None = None,
+        batch_sizes: Sequence[int] | None = None,
+        device: str | torch.device | Sequence[str | torch.device] | None = None,
+        calibration: Tensor | None = None,
+    ) -> None:
+        if not isinstance(model, IMPure):
+            raise ConfigError(f"model is a {type(model).__name__}; Engine wants an IMPure (imp.load gives one).")
+        wanted = model.cls_token.device if device is None else device
+        several = isinstance(wanted, Sequence) and not isinstance(wanted, str)
+        self.devices = [torch.device(d) for d in (wanted if several else (wanted,))]
+        kinds = {d.type for d in self.devices}
+        if len(kinds) != 1 or not kinds <= PRECISIONS.keys():
+            raise ConfigError(f"device={wanted!r}: wanted one or more devices of one kind, cpu or cuda.")
+        known = PRECISIONS[kind := kinds.pop()]
+        self.precision = _best(kind) if precision is None else precision
+        if self.precision not in known:
+            raise ConfigError(f"precision={precision!r}: on {kind} choose one of {', '.join(known)}.")
+        if batch_sizes is not None and (not batch_sizes or min(batch_sizes) < 1):
+            raise ConfigError(f"batch_sizes={batch_sizes!r}: wanted tile counts of at least 1, or None.")
+        self.batch_sizes = None if batch_sizes is None else tuple(sorted(batch_sizes))
+        self.model, self.calibration = model, calibration
+        self._reset()
+
+    def _reset(self) -> None:
+        self._lock = threading.Lock()
+        self._folded: list[Folded] = []
+        self._state: list[tuple[int, int]] = []
+        self._times: deque[float] = deque(maxlen=KEPT)
+        self._images, self._calls, self._busy = 0, 0, 0.0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if not name.startswith("_")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._reset()
+
+    def purify(
+        self,
+        images: Tensor,
+        *,
+        seed: int | None = None,
+        streams: Tensor | Sequence[int] | None = None,
+        draws: Draws | None = None,
+        clamp: bool = True,
+        image_step: int | None = None,
+        feature_step: int | None = None,
+        check: bool = True,
+    ) -> Tensor:
+        """``model.purify`` without gradients: the same arguments, the same shape, dtype and device of the result.
+
+        Raises Error where a gradient is asked for, and as ``model.purify`` does.
+        """
+        if torch.is_grad_enabled() and isinstance(images, Tensor) and images.requires_grad:
+            raise Error("An Engine gives no gradients; model.purify does (or detach the images).")
+        began = time.perf_counter()
+        steps = {"image_step": image_step, "feature_step": feature_step}
+        steps = {name: step for name, step in steps.items() if step is not None}
+        config = dataclasses.replace(self.model.config, **steps)
+        options: dict[str, Any] = dict(seed=seed_or_fresh(seed), streams=streams, draws=draws, clamp=clamp, check=check)
+        with torch.inference_mode():
+            result = self._on_devices(config, images, options)
+        with self._lock:
+            self._times.append(taken := time.perf_counter() - began)
+            self._busy += taken
+            self._calls += 1
+            self._images += 1 if images.ndim == 3 else len(images)
+        return result
+
+    def _on_devices(self, config: Any, images: Tensor, options: dict[str, Any]) -> Tensor:
+        networks = self._ready()
+        size = None if self.batch_sizes is None else self.batch_sizes[-1]
+
+        def run(network: Folded, part: Tensor, own: dict[str, Any]) -> Tensor:
+            with torch.inference_mode():  # a thread starts without it
+                moved = part.to(network.device)
+                return purify_images(network, config, torch.float32, moved, max_batch=size, **own).to(part.device)
+
+        if len(networks) == 1 or images.ndim != 4 or len(images) < 2 or options["draws"] is not None:
+            return run(networks[0], images, options)
+        ids = stream_ids(options["streams"], len(images), "cpu")
+        parts, own = images.tensor_split(len(networks)), ids.tensor_split(len(networks))
+        with ThreadPoolExecutor(len(networks)) as pool:
+            given = [{**options, "streams": part} for part in own]
+            return torch.cat(list(pool.map(run, networks, parts, given)))
+
+    def _ready(self) -> list[Folded]:
+        """The folded networks, made anew if the model's weights have changed."""
+        state = [(p.data_ptr(), -1 if p.is_inference() else p._version) for p in self.model.parameters()]
+        with self._lock:
+            if state != self._state:
+                self._folded = [_fold(self.model, self.precision, d, self.calibration) for d in self.devices]
+                self._state = state
+            return self._folded
+
+    def refresh(self) -> None:
+        """Fold the model's weights anew at the next call."""
+        with self._lock:
+            self._state = []
+
+    def warmup(self, height: int | None = None, width: int | None = None) -> None:
+        """Do the first call's work now: fold, pack, load; pictures of height x width, default one tile."""
+        side = self.model.config.tile_size
+        self.purify(torch.zeros(1, 3, height or side, width or side), seed=0)
+        with self._lock:
+            self._times.clear()
+            self._images, self._calls, self._busy = 0, 0, 0.0
+
+    def stream(
+        self, images: Iterable[Tensor], *, seed: int | None = None, batch: int = 1, **options: Any
+    ) -> Iterator[Tensor]:
+        """Purify pictures one after another, in order: a video, a queue.
+
+        images: tensors [3, H, W], of any sizes; the i-th has stream i, so that a seed fixes all.
+        batch: neighbours of one size and dtype that go through together; more give more images a second, and wait for
+            each other.  Holds at most ``batch`` pictures and their results.  options: as in ``purify``.
+        """
+        if batch < 1:
+            raise InputError(f"batch={batch}: must be at least 1 picture.")
+        key, count, group = seed_or_fresh(seed), 0, []
+        for image in chain(images, (None,)):
+            like = image is not None and group and (image.shape, image.dtype) == (group[0].shape, group[0].dtype)
+            if group and (len(group) == batch or not like):
+                streams = (torch.arange(len(group)) + count) % 2**32
+                yield from self.purify(torch.stack(group), seed=key, streams=streams, **options)
+                count, group = count + len(group), []
+            if image is not None:
+                group.append(image)
+
+    def stats(self) -> dict[str, float]:
+        """Of the calls since construction or ``warmup``: count, images, p50_ms, p90_ms, p99_ms (the last 10,000),
+        images_per_second (over the time spent in calls) and graph_hits (calls answered by a captured CUDA graph)."""
+        with self._lock:
+            times, images, calls, busy = sorted(self._times), self._images, self._calls, self._busy
+        ms = [1e3 * t for t in times]
+        cuts = statistics.quantiles(ms, n=100, method="inclusive") if len(ms) > 1 else (ms or [0.0]) * 99
+        return {
+            "count": calls,
+            "images": images,
+            "p50_ms": cuts[49],
+            "p90_ms": cuts[89],
+            "p99_ms": cuts[98],
+            "images_per_second": images / busy if busy else 0.0,
+            "graph_hits": 0,
+        }
+
+
+def _best(kind: str) -> str:
+    if kind == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    return "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
+
+
+def _fold(model: IMPure, precision: str, device: torch.device, calibration: Tensor | None) -> Folded:
+    """The model's weights on ``device``, packed for ``precision``."""
+    missing = onednn_missing() if device.type == "cpu" else "not a CPU"
+    plain = Plain if missing else OneDnn
+    if precision != "int8":
+        dtype = DTYPES[precision]
+        return Folded(model, lambda w, b, _: plain(w.to(dtype), b.to(dtype)), dtype, dtype, device)
+    if missing:
+        raise ConfigError(f'precision="int8" needs oneDNN ({missing}); choose "fp32" or "bf16".')
+    seen: list[Observed] = []
+
+    def observe(weight: Tensor, bias: Tensor, _: torch.dtype) -> Observed:
+        seen.append(Observed(weight, bias))
+        return seen[-1]
+
+    network = Folded(model, observe, torch.float32, torch.float32, device)
+    images = synthetic_pictures(64, model.config.tile_size) if calibration is None else calibration
+    options: dict[str, Any] = dict(seed=0, streams=None, draws=None, clamp=True, max_batch=None, check=True)
+    with torch.inference_mode():
+        purify_images(network, model.config, torch.float32, images.to(device), **options)
+    products = iter(seen)  # Folded packs in a fixed order
+    return Folded(model, lambda w, b, dtype: OneDnnInt8(next(products), dtype), torch.float32, torch.bfloat16, device)
+
+
+def synthetic_pictures(count: int, side: int, seed: int = 0) -> Tensor:
+    """Pictures to calibrate by where none are given: smooth and hard-edged cells at every scale, some uniform noise.
+
+    -> [count, 3, side, side] in [0, 1].
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(count, *shape, generator=generator)
+
+    total = torch.zeros(count, 3, side, side)
+    for level in range(1, side.bit_length()):
+        cells = normal(3, 2**level, 2**level) + normal(1, 2**level, 2**level)  # colours, and what they share
+        total += F.interpolate(cells, (side, side), mode="nearest" if level % 2 else "bilinear") * 2.0 ** (1 - level)
+    pictures = 0.5 + 0.3 * normal(3, 1, 1) + torch.rand(count, 1, 1, 1, generator=generator) * total
+    pictures[::8] = torch.rand(pictures[::8].shape, generator=generator)
+    return pictures.clamp(0, 1)

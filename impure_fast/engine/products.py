@@ -1,0 +1,102 @@
+"""Matrix products of the engine, weights packed once: x W^T + b, then GELU or onto a residual.
+
+On a CPU they run on oneDNN through torch (fp32, bf16, int8), elsewhere and where oneDNN is missing on torch's own
+products.  int8: weights per output channel, activations per tensor with scales fixed by calibration, so that an
+image's result never depends on its neighbours in the batch.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def onednn_missing() -> str:
+    """Why torch's oneDNN products cannot be used here, or ""; they are private operators, so they are asked for."""
+    if not torch.backends.mkldnn.is_available():
+        return "this torch was built without it"
+    wanted = {"mkldnn": ("_linear_pointwise", "_reorder_linear_weight"), "onednn": ("qlinear_pointwise",)}
+    names = [f"{space}::{name}" for space, ops in wanted.items() for name in ops]
+    missing = [name for name in names if not hasattr(getattr(torch.ops, name.split("::")[0]), name.split("::")[1])]
+    return f"this torch has no {', '.join(missing)}" if missing else ""
+
+
+class Product(Protocol):
+    """y = x W^T + b for x [..., in] -> [..., out]."""
+
+    def __call__(self, x: Tensor, *, gelu: bool = False, residual: Tensor | None = None, into: Any = None) -> Tensor:
+        """gelu: apply the exact GELU; residual: [..., out], added; into: the product that alone reads the result."""
+        ...
+
+
+class Plain:
+    """torch's own products, on any device."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.weight, self.bias = weight, bias
+
+    def __call__(self, x: Tensor, *, gelu: bool = False, residual: Tensor | None = None, into: Any = None) -> Tensor:
+        y = F.linear(x, self.weight, self.bias)
+        if gelu:
+            return F.gelu(y)
+        return y if residual is None else y.add_(residual)
+
+
+class Observed(Plain):
+    """A plain product that keeps the range of all it is given: calibration."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__(weight, bias)
+        self.low = self.high = 0.0
+
+    def __call__(self, x: Tensor, **options: Any) -> Tensor:
+        low, high = (float(v) for v in x.aminmax())
+        self.low, self.high = min(self.low, low), max(self.high, high)
+        return super().__call__(x, **options)
+
+
+class OneDnn:
+    """oneDNN on a CPU, fp32 or bf16 as the weight is; GELU and residual inside the product."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
+        self.bias = bias
+
+    def __call__(self, x: Tensor, *, gelu: bool = False, residual: Tensor | None = None, into: Any = None) -> Tensor:
+        if residual is not None:
+            return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.weight, self.bias, "add")
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "gelu" if gelu else "none", [], "none")
+
+
+class OneDnnInt8:
+    """oneDNN on a CPU in 8-bit integers.  observed: what calibration saw of its input; dtype: of its output."""
+
+    def __init__(self, observed: Observed, dtype: torch.dtype) -> None:
+        weight = observed.weight.float()
+        self.scale = max(observed.high - observed.low, 1e-8) / 255
+        self.zero = round(-observed.low / self.scale)
+        self.weight_scale = weight.abs().amax(dim=1).clamp(min=1e-12) / 127
+        whole = (weight / self.weight_scale[:, None]).round().to(torch.int8)
+        self.weight = torch.ops.onednn.qlinear_prepack(whole, None)
+        self.weight_zero = torch.zeros(len(weight), dtype=torch.int64)
+        self.bias = None if observed.bias is None else observed.bias.float()
+        self.dtype = dtype
+
+    def quantise(self, x: Tensor) -> Tensor:
+        """Floats to the integers that this product takes."""
+        return torch.quantize_per_tensor(x.float(), self.scale, self.zero, torch.quint8).int_repr()
+
+    def __call__(self, x: Tensor, *, gelu: bool = False, residual: Tensor | None = None, into: Any = None) -> Tensor:
+        x = x if x.dtype == torch.uint8 else self.quantise(x)
+        given = (x.contiguous(), self.scale, self.zero, self.weight, self.weight_scale, self.weight_zero)
+        if residual is not None:
+            residual = residual.contiguous()  # strides would be overlooked
+            return torch.ops.onednn.qlinear_pointwise.binary(
+                *given, residual, self.bias, 1.0, 0, self.dtype, 1.0, 0, "add", 1.0, "none", [], ""
+            )
+        scale, zero, dtype = (1.0, 0, self.dtype) if into is None else (into.scale, into.zero, torch.uint8)
+        post = ("gelu", [], "none") if gelu else ("none", [], "")
+        return torch.ops.onednn.qlinear_pointwise(*given, self.bias, scale, zero, dtype, *post)

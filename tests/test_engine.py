@@ -1,0 +1,233 @@
+"""The engine: the model's law in every precision, batch by batch, thread by thread, and never stale."""
+
+import copy
+import pickle
+import re
+import threading
+
+import pytest
+import torch
+
+from impure_fast import Draws, Engine, Error
+from impure_fast.engine import products
+from impure_fast.engine.engine import synthetic_pictures
+from impure_fast.errors import ConfigError, InputError
+
+from .conftest import global_generator_untouched, random_images, small_model
+
+PSNR = {"fp32": 110, "bf16": 45, "int8": 30}  # dB against the model, values in [0, 1]; a random network is the worst
+PRECISIONS = list(PSNR)
+MODES = {
+    "released": {},
+    "mask, mask": dict(image_mask="mask", feature_mask="mask"),
+    "mask, noise": dict(image_mask="mask"),
+    "noise, mask": dict(feature_mask="mask"),
+    "fixed order": dict(random_order=False),
+    "no convolution": dict(pixel_conv=False),
+    "decoder of one block": dict(decoder_depth=1),
+    "no side outputs": dict(out_indices=()),
+    "side outputs in another order": dict(out_indices=(1, 0)),
+    "three chunks": dict(num_chunks=3),
+}
+
+
+def psnr(a, b):
+    return float(-10 * (a.double() - b.double()).square().mean().clamp(min=1e-30).log10())
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_folded_weights_are_the_same_network(mode):
+    model = small_model(**MODES[mode])
+    images = random_images(2, 3, 24, 24)
+    want = model.purify(images, seed=3, clamp=False)
+    assert (Engine(model, precision="fp32").purify(images, seed=3, clamp=False) - want).abs().max() <= 2e-6
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("shape", [(3, 3, 24, 24), (2, 3, 40, 31), (3, 17, 23)], ids=str)
+def test_engine_follows_the_model_at_any_size(precision, shape):
+    model = small_model()
+    images = random_images(*shape)
+    got = Engine(model, precision=precision).purify(images, seed=1, image_step=300)
+    want = model.purify(images, seed=1, image_step=300)
+    assert (got.shape, got.dtype) == (want.shape, want.dtype)
+    assert psnr(got, want) >= PSNR[precision]
+
+
+def test_without_onednn_torchs_products_answer(monkeypatch):
+    model, images = small_model(), random_images(1, 3, 24, 24)
+    monkeypatch.setattr("impure_fast.engine.engine.onednn_missing", lambda: "left out")
+    engine = Engine(model, precision="fp32")
+    assert psnr(engine.purify(images, seed=0), model.purify(images, seed=0)) >= PSNR["fp32"]
+    with pytest.raises(ConfigError, match=r'precision="int8" needs oneDNN \(left out\); choose "fp32" or "bf16"'):
+        Engine(model, precision="int8").purify(images)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_picture_does_not_depend_on_its_neighbours(precision):
+    engine = Engine(small_model(), precision=precision)
+    images, streams = random_images(5, 3, 24, 24), [4, 9, 2, 7, 5]
+    together = engine.purify(images, seed=8, streams=streams)
+    alone = torch.stack([engine.purify(x, seed=8, streams=[s]) for x, s in zip(images, streams, strict=True)])
+    split = Engine(engine.model, precision=precision, batch_sizes=(1, 2)).purify(images, seed=8, streams=streams)
+    limit = {"fp32": 110, "bf16": 50, "int8": 50}[precision]
+    assert psnr(together, alone) >= limit and psnr(together, split) >= limit
+
+
+def test_uint8_and_given_draws_are_taken():
+    model = small_model()
+    engine = Engine(model, precision="fp32")
+    bytes_ = random_images(2, 3, 24, 24, dtype=torch.uint8)
+    difference = engine.purify(bytes_, seed=2).int() - model.purify(bytes_, seed=2).int()
+    assert engine.purify(bytes_).dtype == torch.uint8 and difference.abs().max() <= 1
+    draws = Draws.sample(model.config, (2, 3, 24, 24), 5)
+    images = random_images(2, 3, 24, 24)
+    assert psnr(engine.purify(images, draws=draws), model.purify(images, draws=draws)) >= PSNR["fp32"]
+    assert engine.purify(images[:0]).shape == (0, 3, 24, 24)
+
+
+def test_no_seed_is_fresh_and_the_global_generator_is_left_alone():
+    engine = Engine(small_model(), precision="int8")
+    images = random_images(1, 3, 24, 24)
+    with global_generator_untouched():
+        assert not torch.equal(engine.purify(images), engine.purify(images))
+        assert torch.equal(engine.purify(images, seed=1), engine.purify(images, seed=1))
+
+
+def test_a_changed_model_is_folded_anew():
+    model, images = small_model(), random_images(1, 3, 24, 24)
+    engine = Engine(model, precision="fp32")
+    before = engine.purify(images, seed=0)
+    with torch.no_grad():
+        model.decoder_pred.bias.add_(0.5)
+    after = engine.purify(images, seed=0)
+    assert psnr(after, model.purify(images, seed=0)) >= PSNR["fp32"] > psnr(after, before)
+    model.load_state_dict(small_model(seed=1).state_dict())
+    assert psnr(engine.purify(images, seed=0), model.purify(images, seed=0)) >= PSNR["fp32"]
+    model.decoder_pred.bias.data.add_(0.5)  # leaves no trace
+    engine.refresh()
+    assert psnr(engine.purify(images, seed=0), model.purify(images, seed=0)) >= PSNR["fp32"]
+
+
+def test_a_gradient_is_refused_and_the_model_left_as_it_is():
+    model = small_model()
+    engine = Engine(model)
+    images = random_images(1, 3, 24, 24).requires_grad_()
+    with pytest.raises(Error, match=r"An Engine gives no gradients; model.purify does"):
+        engine.purify(images)
+    with torch.no_grad():
+        assert not engine.purify(images).requires_grad
+    assert all(p.requires_grad and p.dtype == torch.float32 for p in model.parameters())
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda e: pickle.loads(pickle.dumps(e))], ids=["deepcopy", "pickle"])
+def test_copies_answer_alike(again):
+    engine = Engine(small_model(), precision="int8", batch_sizes=(2,))
+    images = random_images(3, 3, 24, 24)
+    want = engine.purify(images, seed=0)
+    other = again(engine)
+    assert other.stats()["count"] == 0
+    assert torch.equal(other.purify(images, seed=0), want)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_threads_and_devices_give_the_results_of_one(precision):
+    model, images = small_model(), random_images(6, 3, 24, 24)
+    engine = Engine(model, precision=precision)
+    want = [engine.purify(images, seed=seed) for seed in range(4)]
+    got = {}
+
+    def work(own, seeds):
+        for seed in seeds:
+            got[seed] = own.purify(images, seed=seed)
+
+    jobs = [(engine, (0,)), (engine, (1,)), (Engine(model, precision=precision), (2, 3))]
+    threads = [threading.Thread(target=work, args=job) for job in jobs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(got[seed], want[seed]) for seed in range(4))
+    several = Engine(model, precision=precision, device=["cpu", "cpu"])
+    assert psnr(several.purify(images, seed=0), want[0]) >= 50
+
+
+def test_a_stream_keeps_order_and_numbers_its_pictures():
+    model = small_model()
+    engine = Engine(model, precision="fp32")
+    shapes = [(24, 24), (24, 24), (24, 24), (17, 23), (24, 24)]
+    pictures = [random_images(3, *shape, seed=i) for i, shape in enumerate(shapes)]
+    taken = []
+    results = engine.stream((taken.append(i) or x for i, x in enumerate(pictures)), seed=4, batch=2)
+    first = next(results)
+    assert len(taken) <= 3, "a stream may hold one batch and the picture after it"
+    for i, (got, picture) in enumerate(zip([first, *results], pictures, strict=True)):
+        assert psnr(got, model.purify(picture, seed=4, streams=[i])) >= PSNR["fp32"]
+    assert list(engine.stream([])) == []
+    with pytest.raises(InputError, match=r"batch=0: must be at least 1 picture"):
+        next(engine.stream(pictures, batch=0))
+
+
+def test_stats_count_calls_and_warmup_forgets_its_own():
+    engine = Engine(small_model())
+    assert engine.stats()["count"] == engine.stats()["p99_ms"] == engine.stats()["images_per_second"] == 0
+    engine.warmup()
+    assert engine.stats()["images"] == 0
+    engine.purify(random_images(3, 3, 24, 24))
+    engine.purify(random_images(3, 24, 24))
+    stats = engine.stats()
+    assert (stats["count"], stats["images"]) == (2, 4)
+    assert 0 < stats["p50_ms"] <= stats["p90_ms"] <= stats["p99_ms"] and stats["images_per_second"] > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(precision="fp8"), "precision='fp8': on cpu choose one of fp32, bf16, int8."),
+        (dict(device="meta"), "device='meta': wanted one or more devices of one kind, cpu or cuda."),
+        (dict(device=["cpu", "cuda"]), "device=['cpu', 'cuda']: wanted one or more devices of one kind, cpu or cuda."),
+        (dict(batch_sizes=(0, 4)), "batch_sizes=(0, 4): wanted tile counts of at least 1, or None."),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)
+def test_impossible_options_are_named(options, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        Engine(small_model(), **options)
+    with pytest.raises(ConfigError, match="model is a Linear; Engine wants an IMPure"):
+        Engine(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [1, 7, 260])
+def test_products_agree_with_the_plain_ones(dtype, rows):
+    generator = torch.Generator().manual_seed(0)
+    x, w, b, r = (torch.randn(shape, generator=generator) for shape in ((rows, 48), (32, 48), (32,), (rows, 32)))
+    fast, plain = products.OneDnn(w.to(dtype), b.to(dtype)), products.Plain(w.double(), b.double())
+    observed = products.Observed(w, b)
+    observed(x)
+    whole = products.OneDnnInt8(observed, dtype)
+    for options in ({}, {"gelu": True}, {"residual": r}):
+        want = plain(x.double(), **{k: v.double() if isinstance(v, torch.Tensor) else v for k, v in options.items()})
+        given = {k: v.to(dtype) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+        scale = float(want.abs().max())
+        assert (fast(x.to(dtype), **given).double() - want).abs().max() <= 4 * torch.finfo(dtype).eps * scale
+        strided = {k: v.t().contiguous().t() if isinstance(v, torch.Tensor) else v for k, v in given.items()}
+        assert torch.equal(fast(x.to(dtype), **strided), fast(x.to(dtype), **given))
+        got = whole(x.to(dtype).t().contiguous().t(), **strided)
+        assert got.dtype == dtype and (got.double() - want).abs().max() <= 0.03 * scale
+
+
+def test_int8_saturates_beyond_what_calibration_saw():
+    observed = products.Observed(torch.eye(4), torch.zeros(4))
+    observed(torch.tensor([[-1.0, 0.0, 0.5, 1.0]]))
+    got = products.OneDnnInt8(observed, torch.float32)(torch.tensor([[-9.0, 0.0, 0.5, 9.0]]))
+    assert torch.allclose(got, torch.tensor([[-1.0, 0.0, 0.5, 1.0]]), atol=2 / 255)
+
+
+def test_given_pictures_set_the_scales_of_int8():
+    model, images = small_model(), random_images(2, 3, 24, 24)
+    near = Engine(model, precision="int8", calibration=images).purify(images, seed=0)
+    grey = Engine(model, precision="int8", calibration=torch.full((1, 3, 24, 24), 0.5)).purify(images, seed=0)
+    want = model.purify(images, seed=0)
+    assert psnr(near, want) > psnr(grey, want)
+    assert synthetic_pictures(3, 24).aminmax() == (0, 1)
