@@ -1,4 +1,4 @@
-"""The command line: ``impure-fast purify | demo | info | models | data | convert | train``.
+"""The command line: ``impure-fast purify | demo | info | models | data | convert | export | train``.
 
 torch, numpy and Pillow are imported inside the commands, so that ``--help`` answers at once.
 """
@@ -49,6 +49,14 @@ class Split(str, Enum):
 
     train = "train"
     test = "test"
+
+
+class Program(str, Enum):
+    """Forms of an exported purifier."""
+
+    program = "program"
+    aoti = "aoti"
+    onnx = "onnx"
 
 
 class Precision(str, Enum):
@@ -390,6 +398,27 @@ def convert(
         typer.echo(f"{name} {len(keys)}" + (f": {', '.join(keys)}" if keys else ""))
 
 
+def export(
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="A .pt2 or .onnx file.")],
+    height: Annotated[int, typer.Option(min=1, help="Of the pictures, in pixels.")] = 224,
+    width: Annotated[int, typer.Option(min=1)] = 224,
+    format: Annotated[
+        Program | None, typer.Option(help="torch.export program, AOTInductor package or ONNX; unset: by OUT's suffix.")
+    ] = None,
+    model: Annotated[str, typer.Option(help="Shipped name, weights file or hub id.")] = "impure_tiny",
+    decomposed: Annotated[bool, typer.Option("--decomposed", help="Use torch's own operators alone.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
+) -> None:
+    """Write the purifier for other runtimes: (images, seed, streams) to purified images, any batch, one size."""
+    form = format or (Program.onnx if output.suffix == ".onnx" else Program.program)
+    _check_free(output, ".onnx" if form is Program.onnx else ".pt2", overwrite)
+    from . import zoo
+    from .engine import export as exports
+
+    exports.export(zoo.load(model), output, height, width, format=form.value, decomposed=decomposed)
+    typer.echo(f"wrote {output} ({form.value}, pictures of {height} x {width})")
+
+
 def train(
     data: Annotated[Path, typer.Option(metavar="FILE", help="Packed images (impure-fast data).")],
     output: Annotated[
@@ -501,7 +530,7 @@ def make_app() -> typer.Typer:
         add_completion=False,
         pretty_exceptions_enable=False,
     )
-    for command in (purify, demo, info, models, data, convert, train):
+    for command in (purify, demo, info, models, data, convert, export, train):
         app.command()(_plain_ending()(command))
     return app
 

@@ -144,6 +144,11 @@ class IMPureConfig:
         """Side of the position tables in cells."""
         return 2 * self.image_size // self.patch_size
 
+    def with_steps(self, image_step: int | None, feature_step: int | None) -> IMPureConfig:
+        """The same config with other masking strengths; None keeps its own."""
+        changes: dict[str, Any] = dict(image_step=image_step, feature_step=feature_step)
+        return dataclasses.replace(self, **{name: step for name, step in changes.items() if step is not None})
+
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionary; ``from_dict`` gives an equal config."""
         return dataclasses.asdict(self)

@@ -28,20 +28,25 @@ _ROUNDS = 10
 POSITION, ORDER, IMAGE_STEP, IMAGE_NOISE, FEATURE_STEP, FEATURE_NOISE, MIX_ORDER, MIX_CHUNKS = range(8)
 
 
-def seed_or_fresh(seed: int | None) -> int:
+Seed = int | Tensor  # a tensor, 0-d int64, where a captured or exported graph takes the seed as an input
+
+
+def seed_or_fresh(seed: Seed | None) -> Seed:
     """The seed itself; for None one of 63 bits from the operating system's entropy."""
     if seed is None:
         return secrets.randbits(63)
+    if isinstance(seed, Tensor) and seed.dtype == torch.int64 and seed.ndim == 0:
+        return seed
     try:
         return operator.index(seed)
     except TypeError as error:
         raise InputTypeError(f"seed is {seed!r}; wanted an integer or None.") from error
 
 
-def philox(seed: int, streams: Tensor, purpose: int, count: int) -> Tensor:
+def philox(seed: Seed, streams: Tensor, purpose: int, count: int) -> Tensor:
     """``count`` 32-bit words a stream, as int64 in [0, 2**32).  streams: [N] int64 -> [N, count]."""
     blocks = torch.arange((count + 3) // 4, device=streams.device)
-    shape = (len(streams), len(blocks))
+    shape = (streams.shape[0], blocks.shape[0])
     # int64 products wrap modulo 2**64, so a shift and a mask give the exact high word.
     c0 = blocks.expand(shape)
     c1 = (streams & _MASK32)[:, None].expand(shape)
@@ -55,20 +60,20 @@ def philox(seed: int, streams: Tensor, purpose: int, count: int) -> Tensor:
     return torch.stack((c0, c1, c2, c3), dim=2).flatten(1)[:, :count]  # [N, count]
 
 
-def uniform(seed: int, streams: Tensor, purpose: int, count: int) -> Tensor:
+def uniform(seed: Seed, streams: Tensor, purpose: int, count: int) -> Tensor:
     """float32 multiples of 2**-24 in [0, 1), [N, count]."""
     return (philox(seed, streams, purpose, count) >> 8).float() * 2.0**-24
 
 
-def integers(seed: int, streams: Tensor, purpose: int, count: int, low: int, high: int) -> Tensor:
+def integers(seed: Seed, streams: Tensor, purpose: int, count: int, low: int, high: int) -> Tensor:
     """Integers in [low, high), [N, count] int64 (multiply-shift; bias below (high - low) / 2**32)."""
     return low + ((philox(seed, streams, purpose, count) * (high - low)) >> 32)
 
 
-def normal(seed: int, streams: Tensor, purpose: int, count: int) -> Tensor:
+def normal(seed: Seed, streams: Tensor, purpose: int, count: int) -> Tensor:
     """Standard normals, float32, [N, count]: Box-Muller on the words (0, 1) and (2, 3) of each block."""
     pairs = 2 * ((count + 3) // 4)
-    u = uniform(seed, streams, purpose, 2 * pairs).view(len(streams), pairs, 2)
+    u = uniform(seed, streams, purpose, 2 * pairs).view(streams.shape[0], pairs, 2)
     radius = (-2 * torch.log1p(-u[..., 0])).sqrt()
     angle = (2 * math.pi) * u[..., 1]
     return torch.stack((radius * angle.cos(), radius * angle.sin()), dim=2).flatten(1)[:, :count]
@@ -151,7 +156,7 @@ class Draws:
         cls,
         config: IMPureConfig,
         shape: Sequence[int],
-        seed: int | None,
+        seed: Seed | None,
         streams: Tensor | Sequence[int] | None = None,
         training: bool = False,
         device: torch.device | str | None = None,

@@ -12,7 +12,6 @@ Encoder batches are image-major (n*K + k); the oracle's decoder batches are repl
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Container, Sequence
 from typing import Any
 
@@ -214,7 +213,7 @@ class IMPure(nn.Module):
     def encode(self, tokens: Tensor, note: Note) -> tuple[Tensor, Tensor]:
         """Encode every chunk on its own.  tokens: [N*K, M, D] -> its class token [N*K, D], latents [N*K, M, D]."""
         head = self.cls_token + self.pos_embed[:, :1]
-        x = torch.cat((head.expand(len(tokens), -1, -1), tokens), dim=1)  # [N*K, 1 + M, D]
+        x = torch.cat((head.expand(tokens.shape[0], -1, -1), tokens), dim=1)  # [N*K, 1 + M, D]
         outputs = []
         for b, block in enumerate(self.blocks):
             x = block(x)
@@ -290,7 +289,7 @@ class IMPure(nn.Module):
         """``reconstruct`` on the operators: shuffled order end to end, both passes in one encoder call, the first
         decoder block on the rows that differ, the last on the hidden ones.  cells: [N, L], raster.
         """
-        c, n, k = self.config, len(images), self.config.num_chunks
+        c, n, k = self.config, images.shape[0], self.config.num_chunks
         order, step, m = draws.order, draws.image_step, rows * cols // self.config.num_chunks
         cells = cells.gather(1, order)
         passes, signal, level = 1, None, None
@@ -334,7 +333,7 @@ class IMPure(nn.Module):
         self, images: Tensor, draws: Draws, cells: Tensor, rows: int, cols: int, note: Note
     ) -> Tensor:
         """``reconstruct`` as the authors compute it, every checkpoint named as in SPEC section 9."""
-        c, n, k = self.config, len(images), self.config.num_chunks
+        c, n, k = self.config, images.shape[0], self.config.num_chunks
         m = rows * cols // k
 
         def embed(x: Tensor, name: str) -> Tensor:
@@ -405,11 +404,7 @@ class IMPure(nn.Module):
         Differentiable in float images that require gradients; independent of train or eval mode.
         Raises InputError, InputTypeError or ConfigError.
         """
-        config = dataclasses.replace(
-            self.config,
-            image_step=self.config.image_step if image_step is None else image_step,
-            feature_step=self.config.feature_step if feature_step is None else feature_step,
-        )
+        config = self.config.with_steps(image_step, feature_step)
         dtype = self.cls_token.dtype
         options: dict[str, Any] = dict(seed=seed, streams=streams, draws=draws)
         options |= dict(clamp=clamp, max_batch=max_batch, check=check)

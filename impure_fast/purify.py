@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from .config import IMPureConfig
-from .draws import Draws, seed_or_fresh, stream_ids
+from .draws import Draws, Seed, seed_or_fresh, stream_ids
 from .errors import InputError, InputTypeError
 
 TILE_MEMORY = 256 * 2**20  # bytes of activations that one network call may take by default
@@ -114,20 +114,20 @@ class Tiling:
 
 
 def over_tiles(
-    images: Tensor, tiling: Tiling, function: Callable[[Tensor, Tensor, Tensor], Tensor], band_tiles: int
+    images: Tensor, tiling: Tiling, function: Callable[[Tensor, Tensor, Tensor], Tensor], band_tiles: int | None
 ) -> Tensor:
     """Apply ``function`` to overlapping tiles and blend the results under a window.
 
     images: [N, 3, H, W] float.  function(tiles [T, 3, h, w], image [T], place [T]) -> [T, 3, h, w]; place counts a
     picture's tiles in raster order.  The identity gives the images back (1e-6).
-    band_tiles: rows of tiles are taken together until they hold so many, which bounds memory.
+    band_tiles: rows of tiles are taken together until they hold so many, which bounds memory; None takes all.
     """
     n, _, height, width = images.shape
     (th, tw), (down, right), (rows, cols) = tiling.tile, tiling.stride, tiling.count
     padded = _pad(images, *tiling.padding)
     window = _ramp(th, down, images)[:, None] * _ramp(tw, right, images)  # [h, w]
     total, weight = torch.zeros_like(padded), torch.zeros_like(padded[:1, :1])
-    band = max(1, band_tiles // (n * cols))
+    band = rows if band_tiles is None else max(1, band_tiles // (n * cols))
     for first in range(0, rows, band):
         own = min(band, rows - first)
         strip = slice(first * down, (first + own - 1) * down + th)
@@ -160,7 +160,7 @@ def purify_images(
     dtype: torch.dtype,
     images: Tensor,
     *,
-    seed: int | None,
+    seed: Seed | None,
     streams: Tensor | Sequence[int] | None,
     draws: Draws | None,
     clamp: bool,

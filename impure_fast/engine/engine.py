@@ -5,7 +5,6 @@ images -> purify_images (checks, tiles, draws; as the model's) -> Folded, on eac
 
 from __future__ import annotations
 
-import dataclasses
 import statistics
 import threading
 import time
@@ -19,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..draws import Draws, seed_or_fresh, stream_ids
+from ..draws import Draws, Seed, seed_or_fresh, stream_ids
 from ..errors import ConfigError, Error, InputError
 from ..model import IMPure
 from ..purify import purify_images
@@ -58,9 +57,8 @@ class Engine:
     ) -> None:
         if not isinstance(model, IMPure):
             raise ConfigError(f"model is a {type(model).__name__}; Engine wants an IMPure (imp.load gives one).")
-        wanted = model.cls_token.device if device is None else device
-        several = isinstance(wanted, Sequence) and not isinstance(wanted, str)
-        self.devices = [torch.device(d) for d in (wanted if several else (wanted,))]
+        wanted: Any = model.cls_token.device if device is None else device
+        self.devices = [torch.device(d) for d in (wanted if isinstance(wanted, list | tuple) else (wanted,))]
         kinds = {d.type for d in self.devices}
         if len(kinds) != 1 or not kinds <= PRECISIONS.keys():
             raise ConfigError(f"device={wanted!r}: wanted one or more devices of one kind, cpu or cuda.")
@@ -92,7 +90,7 @@ class Engine:
         self,
         images: Tensor,
         *,
-        seed: int | None = None,
+        seed: Seed | None = None,
         streams: Tensor | Sequence[int] | None = None,
         draws: Draws | None = None,
         clamp: bool = True,
@@ -107,9 +105,7 @@ class Engine:
         if torch.is_grad_enabled() and isinstance(images, Tensor) and images.requires_grad:
             raise Error("An Engine gives no gradients; model.purify does (or detach the images).")
         began = time.perf_counter()
-        steps = {"image_step": image_step, "feature_step": feature_step}
-        steps = {name: step for name, step in steps.items() if step is not None}
-        config = dataclasses.replace(self.model.config, **steps)
+        config = self.model.config.with_steps(image_step, feature_step)
         options: dict[str, Any] = dict(seed=seed_or_fresh(seed), streams=streams, draws=draws, clamp=clamp, check=check)
         with torch.inference_mode():
             result = self._on_devices(config, images, options)
@@ -160,7 +156,7 @@ class Engine:
             self._images, self._calls, self._busy = 0, 0, 0.0
 
     def stream(
-        self, images: Iterable[Tensor], *, seed: int | None = None, batch: int = 1, **options: Any
+        self, images: Iterable[Tensor], *, seed: Seed | None = None, batch: int = 1, **options: Any
     ) -> Iterator[Tensor]:
         """Purify pictures one after another, in order: a video, a queue.
 
@@ -170,7 +166,8 @@ class Engine:
         """
         if batch < 1:
             raise InputError(f"batch={batch}: must be at least 1 picture.")
-        key, count, group = seed_or_fresh(seed), 0, []
+        key, count = seed_or_fresh(seed), 0
+        group: list[Tensor] = []
         for image in chain(images, (None,)):
             like = image is not None and group and (image.shape, image.dtype) == (group[0].shape, group[0].dtype)
             if group and (len(group) == batch or not like):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -73,7 +74,7 @@ class FoldedBlock:
 
 
 class Folded:
-    """``model`` for inference: (tiles, draws) -> purified tiles, unclamped.
+    """``source`` for inference: (tiles, draws) -> purified tiles, unclamped.
 
     pack: makes the products; dtype: of activations between them; attention: of queries, keys and values.
     Takes float32 tiles [N, 3, H, W] in [0, 1] on ``device``, gives float32.
@@ -81,10 +82,10 @@ class Folded:
 
     @torch.no_grad()
     def __init__(
-        self, model: IMPure, pack: Pack, dtype: torch.dtype, attention: torch.dtype, device: torch.device
+        self, source: IMPure, pack: Pack, dtype: torch.dtype, attention: torch.dtype, device: torch.device
     ) -> None:
-        model = copy.deepcopy(model).to(device, torch.float32)
-        c = self.config = model.config
+        c = self.config = source.config
+        model: Any = copy.deepcopy(source).to(device, torch.float32)
         self.dtype, self.device = dtype, device
         embed = model.patch_embed.proj
         self.embed = pack(embed.weight.flatten(1), torch.zeros_like(embed.bias), dtype)

@@ -98,5 +98,5 @@ class OneDnnInt8:
                 *given, residual, self.bias, 1.0, 0, self.dtype, 1.0, 0, "add", 1.0, "none", [], ""
             )
         scale, zero, dtype = (1.0, 0, self.dtype) if into is None else (into.scale, into.zero, torch.uint8)
-        post = ("gelu", [], "none") if gelu else ("none", [], "")
-        return torch.ops.onednn.qlinear_pointwise(*given, self.bias, scale, zero, dtype, *post)
+        name, form = ("gelu", "none") if gelu else ("none", "")
+        return torch.ops.onednn.qlinear_pointwise(*given, self.bias, scale, zero, dtype, name, [], form)

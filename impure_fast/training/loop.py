@@ -256,7 +256,7 @@ def train(
 
     def save(step: int) -> None:
         state = {"step": step, "model": model.state_dict(), "optimizer": optimiser.state_dict()}
-        given = model
+        given: nn.Module = model
         if average is not None:
             state["average"], given = average.state_dict(), average.module
         write_atomically(output / "checkpoint.pt", lambda path: torch.save(state, path))

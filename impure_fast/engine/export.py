@@ -1,0 +1,93 @@
+"""The purifier for other runtimes: a ``torch.export`` program, an AOTInductor package, an ONNX model.
+
+All three take (images float32 [N, 3, H, W] in [0, 1], seed int64, streams int64 [N]) and give the purified images,
+clamped; N is free, H and W are fixed, tiles and all randomness inside: the same draws as ``model.purify``'s.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..draws import Draws
+from ..errors import InputError, MissingExtraError
+from ..images import write_atomically
+from ..model import IMPure
+from ..ops._dispatch import backend
+from ..purify import Tiling, over_tiles
+
+FORMATS = {"program": ".pt2", "aoti": ".pt2", "onnx": ".onnx"}
+OPSET = 18  # the first with Col2Im, which puts tiles together
+
+
+class _Pictures(nn.Module):
+    """``model.purify`` of pictures of one size as a function of tensors alone."""
+
+    def __init__(self, model: IMPure, height: int, width: int) -> None:
+        super().__init__()
+        self.model, self.tiling = model, Tiling.of(model.config, height, width)
+
+    def forward(self, images: Tensor, seed: Tensor, streams: Tensor) -> Tensor:
+        def network(tiles: Tensor, image: Tensor, place: Tensor) -> Tensor:
+            ids = streams[image] + (place << 32)
+            return self.model(tiles, Draws.sample(self.model.config, tiles.shape, seed, ids, device=tiles.device))
+
+        return over_tiles(images, self.tiling, network, None).clamp(0, 1)
+
+
+def export_program(model: IMPure, height: int, width: int, *, decomposed: bool = False) -> torch.export.ExportedProgram:
+    """The program for pictures of height x width.
+
+    decomposed: of torch's own operators alone, in the authors' order of operations; otherwise the package's operators
+    stay nodes, as the backend in force chooses them, and running it needs this package imported.
+    """
+    if height < 1 or width < 1:
+        raise InputError(f"height={height}, width={width}: must be at least 1 pixel.")
+    pictures = _Pictures(model, height, width).eval()
+    # Two pictures: torch takes an example of one for a constant.
+    example = (torch.zeros(2, 3, height, width), torch.tensor(0), torch.arange(2))
+    batch = {0: torch.export.Dim("batch", min=1)}
+    with torch.no_grad(), backend("reference" if decomposed else "auto"):
+        return torch.export.export(pictures, example, dynamic_shapes=(batch, None, batch))
+
+
+def export(
+    model: IMPure, path: str | Path, height: int, width: int, *, format: str = "program", decomposed: bool = False
+) -> None:
+    """Write the purifier of height x width pictures to ``path``.
+
+    format: "program" (``torch.export.load``), "aoti" (``torch._inductor.aoti_load_package``; compiled for this
+    processor) or "onnx" (always decomposed).  Raises InputError, or MissingExtraError without onnx and onnxscript.
+    """
+    if format not in FORMATS or Path(path).suffix != FORMATS[format]:
+        wanted = ", ".join(f"{name} ({suffix})" for name, suffix in FORMATS.items())
+        raise InputError(f"format={format!r}, file {path}: wanted one of {wanted}.")
+    program = export_program(model, height, width, decomposed=decomposed or format == "onnx")
+    if format == "program":
+        write_atomically(path, lambda name: torch.export.save(program, name))
+    elif format == "aoti":
+        compile: Any = torch._inductor.aoti_compile_and_package
+        write_atomically(path, lambda name: compile(program, package_path=name))
+    else:
+        write_atomically(path, lambda name: _to_onnx(program).save(name))
+
+
+def _to_onnx(program: torch.export.ExportedProgram) -> Any:
+    try:
+        import onnx  # noqa: F401 (torch's exporter needs both)
+        from onnxscript import opset18 as op
+    except ImportError as error:
+        raise MissingExtraError('The format "onnx" needs the extra "onnx": pip install "impure-fast[onnx]".') from error
+
+    def stable_sort(x: Any, stable: bool = True, dim: int = -1, descending: bool = False) -> Any:
+        # TopK breaks ties by the lower index, which is what stable means.
+        size: Any = op.Shape(x, start=dim, end=dim + 1)
+        return op.TopK(x, size, axis=dim, largest=int(descending), sorted=1)
+
+    table: dict[Any, Any] = {torch.ops.aten.sort.stable: stable_sort}
+    return torch.onnx.export(
+        program, dynamo=True, opset_version=OPSET, custom_translation_table=table, optimize=True, verbose=False
+    )
