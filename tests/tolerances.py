@@ -9,6 +9,7 @@ EPS = {dtype: torch.finfo(dtype).eps for dtype in (torch.float64, torch.float32,
 FACTOR = 2.0
 # Units of the dtype's eps, for where the reference happens to be exact.
 FLOOR = {
+    "normalise_rows": 4.0,
     "order": 0.0,
     "patch_mask": 2.0,
     "patch_mix": 0.0,

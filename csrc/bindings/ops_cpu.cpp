@@ -5,10 +5,12 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <optional>
 #include <tuple>
 #include <vector>
 
 #include "cpu/attention.h"
+#include "cpu/rows.h"
 
 namespace impure_fast {
 namespace {
@@ -119,9 +121,52 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& q,
   return {dq, dk, dv};
 }
 
+Element element_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float:
+      return Element::kFloat32;
+    case ScalarType::BFloat16:
+      return Element::kBfloat16;
+    case ScalarType::Byte:
+      return Element::kUint8;
+    default:
+      STD_TORCH_CHECK(false, "This backend takes float32 and bfloat16, and gives uint8 too.");
+  }
+}
+
+Tensor normalise(const Tensor& x, const std::optional<Tensor>& weight,
+                 const std::optional<Tensor>& bias, double eps, double scale, int64_t zero,
+                 ScalarType dtype) {
+  STD_TORCH_CHECK(x.is_cpu() && x.is_contiguous() && x.dim() > 0, "x must be contiguous CPU rows.");
+  const int64_t width = x.size(x.dim() - 1);
+  for (const auto* parameter : {&weight, &bias}) {
+    STD_TORCH_CHECK(
+        !*parameter || ((*parameter)->is_contiguous() && (*parameter)->numel() == width &&
+                        (*parameter)->scalar_type() == ScalarType::Float),
+        "weight and bias must be contiguous float32 [width].");
+  }
+  STD_TORCH_CHECK(weight.has_value() == bias.has_value(), "weight and bias belong together.");
+  Tensor y = torch::stable::new_empty(x, x.sizes(), dtype);
+  const RowsProblem p{.width = width,
+                      .in = element_of(x.scalar_type()),
+                      .out = element_of(dtype),
+                      .x = x.const_data_ptr(),
+                      .weight = weight ? weight->const_data_ptr<float>() : nullptr,
+                      .bias = bias ? bias->const_data_ptr<float>() : nullptr,
+                      .eps = static_cast<float>(eps),
+                      .inverse_scale = static_cast<float>(1 / scale),
+                      .zero = static_cast<float>(zero),
+                      .y = y.mutable_data_ptr()};
+  const int64_t rows = width ? x.numel() / width : 0;
+  torch::stable::parallel_for(0, rows, grain(8 * width),
+                              [&](int64_t begin, int64_t end) { normalise_rows(p, begin, end); });
+  return y;
+}
+
 STABLE_TORCH_LIBRARY_IMPL(impure_fast, CPU, m) {
   m.impl("reconstruction_attention.cpp", TORCH_BOX(&forward));
   m.impl("reconstruction_attention_backward.cpp", TORCH_BOX(&backward));
+  m.impl("normalise_rows.cpp", TORCH_BOX(&normalise));
 }
 
 }  // namespace

@@ -11,12 +11,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..draws import Draws, grid_of
 from ..model import Block, IMPure, hidden_rows, table_cells
-from ..ops import patch_assemble, patch_mask, reconstruction_attention
+from ..ops import normalise_rows, patch_assemble, patch_mask, reconstruction_attention
 from ..ops.reconstruction_attention import replica_rows
 from .products import Product
 
@@ -25,14 +24,16 @@ Pack = Callable[[Tensor, Tensor, torch.dtype], Product]
 
 
 class Norm:
-    """Layer norm with its parameters in one dtype; eps: in place of the module's."""
+    """Layer norm, its result in the type that a product takes; eps: in place of the module's."""
 
-    def __init__(self, norm: nn.LayerNorm, dtype: torch.dtype, eps: float | None = None) -> None:
-        self.weight, self.bias = norm.weight.to(dtype), norm.bias.to(dtype)
+    def __init__(self, norm: nn.LayerNorm, eps: float | None = None) -> None:
+        self.weight, self.bias = norm.weight, norm.bias
         self.eps = norm.eps if eps is None else eps
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, (x.shape[-1],), self.weight, self.bias, self.eps)
+    def __call__(self, x: Tensor, into: Product | None = None) -> Tensor:
+        """into: the product that reads the result; None keeps x's dtype."""
+        form: dict[str, Any] = {} if into is None else dict(scale=into.scale, zero=into.zero, dtype=into.takes)
+        return normalise_rows(x, self.weight, self.bias, self.eps, **form)
 
 
 class FoldedBlock:
@@ -42,7 +43,7 @@ class FoldedBlock:
         self, block: Block, pack: Pack, dtype: torch.dtype, attention: torch.dtype, last: bool = False
     ) -> None:
         self.heads = block.attn.heads
-        self.norm1, self.norm2 = Norm(block.norm1, dtype), Norm(block.norm2, dtype)
+        self.norm1, self.norm2 = Norm(block.norm1), Norm(block.norm2)
         qkv, width = block.attn.qkv, block.attn.proj.in_features
         self.query = pack(qkv.weight[:width], qkv.bias[:width], attention) if last else None
         cut = width if last else 0
@@ -57,12 +58,12 @@ class FoldedBlock:
         residual: the rows that attention is added to, where they are not x: with ``chunks`` (x being the packed rows
             of all replicas) the replicas' rows, and in the last block the hidden ones alone.
         """
-        y = self.norm1(x)
+        y = self.norm1(x, self.packed)
         residual = x if residual is None else residual
         if self.query is None:
             q, k, v = self.packed(y).unflatten(-1, (3, self.heads, -1)).unbind(2)
         else:
-            q = self.query(self.norm1(residual)).unflatten(-1, (self.heads, -1))
+            q = self.query(self.norm1(residual, self.query)).unflatten(-1, (self.heads, -1))
             k, v = self.packed(y).unflatten(-1, (2, self.heads, -1)).unbind(2)
         attended = reconstruction_attention(q, k, v, chunks=chunks).flatten(-2)
         if chunks:
@@ -70,7 +71,7 @@ class FoldedBlock:
             if attended.shape != residual.shape:  # a decoder of one block
                 attended = hidden_rows(attended, chunks)
         x = self.proj(attended, residual=residual)
-        return self.fc2(self.fc1(self.norm2(x), gelu=True, into=self.fc2), residual=x)
+        return self.fc2(self.fc1(self.norm2(x, self.fc1), gelu=True, into=self.fc2), residual=x)
 
 
 class Folded:
@@ -98,9 +99,9 @@ class Folded:
         for b, weight in zip(sorted(c.out_indices), weights, strict=True):
             side = model.proj_layers[c.out_indices.index(b)]
             self.sides[b] = pack(side.weight * (weight / last), side.bias * (weight / last), dtype)
-        self.norm = Norm(model.norm, dtype, model.norm.eps / last**2)
+        self.norm = Norm(model.norm, model.norm.eps / last**2)
         self.decoder_embed = pack(model.decoder_embed.weight, model.decoder_embed.bias, dtype)
-        self.decoder_embed_norm = Norm(model.decoder_embed_norm, dtype)
+        self.decoder_embed_norm = Norm(model.decoder_embed_norm)
         self.head_embed = pack(model.decoder_head_embed.weight, model.decoder_head_embed.bias, dtype)
         self.decoder_positions = model.decoder_pos_embed[0, 1:].to(dtype)  # [T*T, E]
         final = len(model.decoder_blocks) - 1
@@ -108,7 +109,7 @@ class Folded:
             FoldedBlock(block, pack, dtype, attention, last=0 < b == final)
             for b, block in enumerate(model.decoder_blocks)
         ]
-        self.decoder_norm = Norm(model.decoder_norm, dtype)
+        self.decoder_norm = Norm(model.decoder_norm)
         self.pred = pack(model.decoder_pred.weight, model.decoder_pred.bias, torch.float32)
         self.mask_token = model.mask_token.to(dtype)
         self.signal, self.level = model.sqrt_alphas_cumprod, model.sqrt_one_minus_alphas_cumprod
@@ -133,7 +134,7 @@ class Folded:
         for b, block in enumerate(self.decoder_blocks):
             residual = x if b < len(self.decoder_blocks) - 1 else hidden_rows(x, k)
             x = block(x if b else packed, 0 if b else k, residual)
-        patches = self.pred(self.decoder_norm(x)).view(n, k * m, -1)  # shuffled
+        patches = self.pred(self.decoder_norm(x, self.pred)).view(n, k * m, -1)  # shuffled
         if c.pixel_conv:
             return patch_assemble(patches, draws.order, rows, cols, self.kernel, self.kernel_bias)
         return patch_assemble(patches, draws.order, rows, cols, mean=c.mean, std=c.std)

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..ops import normalise_rows
+
 
 def onednn_missing() -> str:
     """Why torch's oneDNN products cannot be used here, or ""; they are private operators, so they are asked for."""
@@ -25,7 +27,14 @@ def onednn_missing() -> str:
 
 
 class Product(Protocol):
-    """y = x W^T + b for x [..., in] -> [..., out]."""
+    """y = x W^T + b for x [..., in] -> [..., out].
+
+    takes, scale, zero: the dtype of x that needs no conversion; of integers, what they stand for: (x - zero) * scale.
+    """
+
+    takes: torch.dtype
+    scale: float
+    zero: int
 
     def __call__(self, x: Tensor, *, gelu: bool = False, residual: Tensor | None = None, into: Any = None) -> Tensor:
         """gelu: apply the exact GELU; residual: [..., out], added; into: the product that alone reads the result."""
@@ -35,8 +44,10 @@ class Product(Protocol):
 class Plain:
     """torch's own products, on any device."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        self.weight, self.bias = weight, bias
+    scale, zero = 1.0, 0
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        self.weight, self.bias, self.takes = weight, bias, weight.dtype
 
     def __call__(self, x: Tensor, *, gelu: bool = False, residual: Tensor | None = None, into: Any = None) -> Tensor:
         y = F.linear(x, self.weight, self.bias)
@@ -48,7 +59,7 @@ class Plain:
 class Observed(Plain):
     """A plain product that keeps the range of all it is given: calibration."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
         super().__init__(weight, bias)
         self.low = self.high = 0.0
 
@@ -61,9 +72,11 @@ class Observed(Plain):
 class OneDnn:
     """oneDNN on a CPU, fp32 or bf16 as the weight is; GELU and residual inside the product."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    scale, zero = 1.0, 0
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
-        self.bias = bias
+        self.bias, self.takes = bias, weight.dtype
 
     def __call__(self, x: Tensor, *, gelu: bool = False, residual: Tensor | None = None, into: Any = None) -> Tensor:
         if residual is not None:
@@ -74,6 +87,8 @@ class OneDnn:
 class OneDnnInt8:
     """oneDNN on a CPU in 8-bit integers.  observed: what calibration saw of its input; dtype: of its output."""
 
+    takes = torch.uint8
+
     def __init__(self, observed: Observed, dtype: torch.dtype) -> None:
         weight = observed.weight.float()
         self.scale = max(observed.high - observed.low, 1e-8) / 255
@@ -82,15 +97,11 @@ class OneDnnInt8:
         whole = (weight / self.weight_scale[:, None]).round().to(torch.int8)
         self.weight = torch.ops.onednn.qlinear_prepack(whole, None)
         self.weight_zero = torch.zeros(len(weight), dtype=torch.int64)
-        self.bias = None if observed.bias is None else observed.bias.float()
-        self.dtype = dtype
-
-    def quantise(self, x: Tensor) -> Tensor:
-        """Floats to the integers that this product takes."""
-        return torch.quantize_per_tensor(x.float(), self.scale, self.zero, torch.quint8).int_repr()
+        self.bias, self.dtype = observed.bias.float(), dtype
 
     def __call__(self, x: Tensor, *, gelu: bool = False, residual: Tensor | None = None, into: Any = None) -> Tensor:
-        x = x if x.dtype == torch.uint8 else self.quantise(x)
+        if x.dtype != torch.uint8:
+            x = normalise_rows(x, scale=self.scale, zero=self.zero, dtype=torch.uint8)
         given = (x.contiguous(), self.scale, self.zero, self.weight, self.weight_scale, self.weight_zero)
         if residual is not None:
             residual = residual.contiguous()  # strides would be overlooked
