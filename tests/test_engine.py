@@ -3,7 +3,10 @@
 import copy
 import pickle
 import re
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from impure_fast.errors import ConfigError, InputError
 
 from .conftest import global_generator_untouched, random_images, small_model
 
+ROOT = Path(__file__).parents[1]
 PSNR = {"fp32": 110, "bf16": 45, "int8": 30}  # dB against the model, values in [0, 1]; a random network is the worst
 PRECISIONS = list(PSNR)
 MODES = {
@@ -231,3 +235,20 @@ def test_given_pictures_set_the_scales_of_int8():
     want = model.purify(images, seed=0)
     assert psnr(near, want) > psnr(grey, want)
     assert synthetic_pictures(3, 24).aminmax() == (0, 1)
+
+
+@pytest.mark.slow
+def test_memory_of_a_long_stream_stays_flat():
+    code = """
+import resource
+from tests.conftest import random_images, small_model
+from impure_fast import Engine
+engine = Engine(small_model(), precision="bf16")
+image = random_images(3, 24, 24)
+for i, _ in enumerate(engine.stream((image.clone() for _ in range(10_000)), batch=4)):
+    if i in (1_000, 9_999):
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    early, late = map(int, ran.stdout.split())
+    assert late - early <= 8 * 1024, "the peak of 10,000 pictures lies 8 MiB at most above that of 1,000"
