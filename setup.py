@@ -67,7 +67,8 @@ def extension(part):
         return Extension("impure_fast._info", files, include_dirs=include, extra_compile_args=FLAGS)
     torch_build = import_module("torch.utils.cpp_extension")
     make, more = (torch_build.CUDAExtension, ["-DUSE_CUDA"]) if part == "cuda" else (torch_build.CppExtension, [])
-    flags = {"cxx": FLAGS + more, "nvcc": FLAGS + more}
+    # A square root that may set errno would keep its loop out of vectors.
+    flags = {"cxx": [*FLAGS, *more, "-fno-math-errno"], "nvcc": FLAGS + more}
     return make(f"impure_fast._{part}", files, include_dirs=include, extra_compile_args=flags, py_limited_api=True)
 
 

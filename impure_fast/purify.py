@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from .config import IMPureConfig
-from .draws import Draws, Seed, seed_or_fresh, stream_ids
+from .draws import Draws, stream_ids
 from .errors import InputError, InputTypeError
+from .philox import Seed, seed_or_fresh
 
 TILE_MEMORY = 256 * 2**20  # bytes of activations that one network call may take by default
 BAND_TILES = 1024  # tiles held at once

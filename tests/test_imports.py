@@ -16,8 +16,9 @@ ROOT = Path(__file__).parent.parent
 LAYERS = (
     ("errors",),
     ("config",),
-    ("draws", "images", "kernels"),
+    ("philox", "images", "kernels"),
     ("ops",),
+    ("draws",),
     ("purify", "checkpoints"),
     ("model",),
     ("zoo",),

@@ -10,6 +10,7 @@ FACTOR = 2.0
 # Units of the dtype's eps, for where the reference happens to be exact.
 FLOOR = {
     "normalise_rows": 4.0,
+    "noise": 0.0,
     "order": 0.0,
     "patch_mask": 2.0,
     "patch_mix": 0.0,

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "cpu/attention.h"
+#include "cpu/noise.h"
 #include "cpu/rows.h"
 
 namespace impure_fast {
@@ -163,9 +164,25 @@ Tensor normalise(const Tensor& x, const std::optional<Tensor>& weight,
   return y;
 }
 
+Tensor make_noise(const Tensor& streams, int64_t seed, int64_t purpose, int64_t count) {
+  STD_TORCH_CHECK(streams.is_cpu() && streams.is_contiguous() && streams.dim() == 1 &&
+                      streams.scalar_type() == ScalarType::Long && count >= 0,
+                  "streams must be contiguous int64 [N] on the CPU.");
+  Tensor out = torch::stable::new_empty(streams, {streams.size(0), count}, ScalarType::Float);
+  const NoiseProblem p{.seed = static_cast<uint64_t>(seed),
+                       .streams = streams.const_data_ptr<int64_t>(),
+                       .purpose = static_cast<uint32_t>(purpose),
+                       .count = count,
+                       .out = out.mutable_data_ptr<float>()};
+  torch::stable::parallel_for(0, streams.size(0), grain(40 * count),
+                              [&](int64_t begin, int64_t end) { fill_noise(p, begin, end); });
+  return out;
+}
+
 STABLE_TORCH_LIBRARY_IMPL(impure_fast, CPU, m) {
   m.impl("reconstruction_attention.cpp", TORCH_BOX(&forward));
   m.impl("reconstruction_attention_backward.cpp", TORCH_BOX(&backward));
+  m.impl("noise.cpp", TORCH_BOX(&make_noise));
   m.impl("normalise_rows.cpp", TORCH_BOX(&normalise));
 }
 

@@ -9,13 +9,7 @@
 #include <cstring>
 #include <vector>
 
-#if defined(__x86_64__) && defined(__linux__) && !defined(__clang__)
-#define IMPURE_FAST_CLONES \
-  __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define IMPURE_FAST_CLONES
-#endif
-#define IMPURE_FAST_INLINE __attribute__((always_inline)) inline
+#include "cpu/clones.h"
 
 namespace impure_fast {
 namespace {

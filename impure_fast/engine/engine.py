@@ -18,9 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..draws import Draws, Seed, seed_or_fresh, stream_ids
+from ..draws import Draws, stream_ids
 from ..errors import ConfigError, Error, InputError
 from ..model import IMPure
+from ..philox import Seed, seed_or_fresh
 from ..purify import purify_images
 from .folded import Folded
 from .products import Observed, OneDnn, OneDnnInt8, Plain, onednn_missing

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..draws import IMAGE_NOISE, normal
 from ..errors import InputError, InputTypeError
+from ..philox import IMAGE_NOISE, normal
 from . import _dispatch, _lib
 
 

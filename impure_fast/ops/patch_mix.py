@@ -6,18 +6,28 @@ show the input, all others the purified image.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from ..draws import MixDraws
 from ..errors import InputError
 from . import _dispatch, _lib
 from ._native import constant_when_traced
 
 
-def patch_mix(purified: Tensor, images: Tensor, draws: MixDraws, patch: int, *, backend: str | None = None) -> Tensor:
+class Mixing(Protocol):
+    """What ``MixDraws`` decides: a permutation [N, L] int64, the number of chunks, and which shows the input."""
+
+    @property
+    def order(self) -> Tensor: ...
+    @property
+    def chunks(self) -> int: ...
+    @property
+    def index(self) -> int: ...
+
+
+def patch_mix(purified: Tensor, images: Tensor, draws: Mixing, patch: int, *, backend: str | None = None) -> Tensor:
     """purified, images: [N, C, H, W] of one float dtype -> mixed [N, C, H, W]; gradients reach both.
 
     Raises InputError, InputTypeError or BackendError.
@@ -41,7 +51,7 @@ def shown(tokens: int, chunks: int, index: int) -> tuple[int, int]:
     return edges[index], edges[index + 1]
 
 
-def mix_mask(draws: MixDraws, rows: int, cols: int, patch: int) -> Tensor:
+def mix_mask(draws: Mixing, rows: int, cols: int, patch: int) -> Tensor:
     """1 where the purified pixel is shown, 0 where the input is: float32 [N, 1, rows*p, cols*p]."""
     start, stop = shown(rows * cols, draws.chunks, draws.index)
     return _mask(draws.order, start, stop, rows, cols, patch).float()

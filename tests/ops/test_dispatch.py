@@ -98,7 +98,7 @@ def test_unknown_names_are_refused_where_they_are_given(monkeypatch):
     monkeypatch.setenv(_dispatch.VARIABLE, "fast")
     with pytest.raises(BackendError, match="IMPURE_FAST_BACKEND: there is no backend 'fast'"):
         attend()
-    with pytest.raises(BackendError, match="no operator 'attention'; choose one of normalise_rows, order"):
+    with pytest.raises(BackendError, match="no operator 'attention'; choose one of noise, normalise_rows"):
         can_run("attention", "cpp")
 
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from impure_fast import ops
-from impure_fast.draws import IMAGE_NOISE, normal
 from impure_fast.errors import InputError, InputTypeError
 from impure_fast.ops.patch_mask import SPEC
+from impure_fast.philox import IMAGE_NOISE, normal
 
 from ..tolerances import assert_near
 from .common import backends, backends_and_dtypes, device_of, gradients, need, orders, poisoned, randn
