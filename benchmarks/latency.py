@@ -62,7 +62,7 @@ def providers(model: IMPure, device: str, folder: str | None) -> Iterator[tuple[
 
     yield "reference", lambda: of_model(model.purify)
     yield "no purifier", lambda: lambda images, seed: images.to(device).float() / 255
-    yield "reference, torch.compile", compiled
+    yield "reference compiled", compiled
     yield "operators", lambda: lambda images, seed: model.purify(images.to(device).float() / 255, seed=seed)
     for precision in PRECISIONS[device]:
         yield f"engine {precision}", engine(precision)
@@ -71,7 +71,7 @@ def providers(model: IMPure, device: str, folder: str | None) -> Iterator[tuple[
     elif model.config.patch_size != 16:
         yield "authors", "their code has no network of this shape"
     else:
-        for name, dtype in (("authors", None), ("authors, bf16 autocast", torch.bfloat16)):
+        for name, dtype in (("authors", None), ("authors bf16 autocast", torch.bfloat16)):
             yield name, lambda dtype=dtype: _authors(authors.load(folder, model).to(device), model, device, dtype)
 
 

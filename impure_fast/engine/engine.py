@@ -40,8 +40,8 @@ class Engine:
         hardware has it, else fp32.
     batch_sizes: tiles that one network call may take; the largest bounds memory.  None: as ``model.purify``.
     device: as torch names it, or several, over which batches are split; None stays with the model's.
-    calibration: for int8, pictures [N, 3, H, W] in [0, 1], at least as large as a tile, whose activations fix the
-        scales; None takes synthetic ones.
+    calibration: for int8, pictures [N, 3, H, W] in [0, 1] of the size to come, whose activations fix the scales; None
+        takes synthetic ones.
 
     Results equal ``model.purify`` under the same seed and streams up to the precision.  Thread-safe; can be pickled,
     and is then folded again at the first call.  Raises ConfigError for options that cannot be.
@@ -218,7 +218,9 @@ def _fold(model: IMPure, precision: str, device: torch.device, calibration: Tens
         return seen[-1]
 
     network = Folded(model, observe, torch.float32, torch.float32, device)
-    images = synthetic_pictures(64, model.config.tile_size) if calibration is None else calibration
+    side, tokens = model.config.image_size, (model.config.image_size // model.config.patch_size) ** 2
+    count = min(64, max(8, 2_000_000 // (tokens * model.config.embed_dim)))  # a few seconds' work
+    images = synthetic_pictures(count, side) if calibration is None else calibration
     options: dict[str, Any] = dict(seed=0, streams=None, draws=None, clamp=True, max_batch=None, check=True)
     with torch.inference_mode():
         purify_images(network, model.config, torch.float32, images.to(device), **options)
