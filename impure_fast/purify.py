@@ -227,7 +227,7 @@ class _PassThroughClamp(torch.autograd.Function):
 class PurifiedClassifier(nn.Module):
     """A purifier in front of a classifier: images in [0, 1] -> logits.
 
-    classifier: any module from normalised images to logits; purifier: an ``IMPure``.
+    classifier: any module from normalised images to logits; purifier: an ``IMPure``, or an ``Engine`` (no gradient).
     mean, std: the classifier's normalisation, three numbers each, applied here and nowhere else.
     size: side (or (height, width)) to resize purified images to, bilinear with antialias; None keeps them.
     mode: "random" draws afresh at every call (from ``seed`` if given: the n-th image since
@@ -248,7 +248,7 @@ class PurifiedClassifier(nn.Module):
     def __init__(
         self,
         classifier: nn.Module,
-        purifier: nn.Module,
+        purifier: Any,
         *,
         mean: Sequence[float],
         std: Sequence[float],

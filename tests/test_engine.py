@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from impure_fast import Draws, Engine, Error
+from impure_fast import Draws, Engine, Error, PurifiedClassifier
 from impure_fast.engine import products
 from impure_fast.engine.engine import synthetic_pictures
 from impure_fast.errors import ConfigError, InputError
@@ -122,6 +122,17 @@ def test_a_gradient_is_refused_and_the_model_left_as_it_is():
     with torch.no_grad():
         assert not engine.purify(images).requires_grad
     assert all(p.requires_grad and p.dtype == torch.float32 for p in model.parameters())
+
+
+def test_an_engine_stands_in_front_of_a_classifier():
+    model, images = small_model(), random_images(2, 3, 24, 24)
+    classifier = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 5), torch.nn.Flatten(), torch.nn.LazyLinear(5))
+    options = dict(mean=(0.5,) * 3, std=(0.5,) * 3, mode="deterministic")
+    want = PurifiedClassifier(classifier, model, **options)(images)
+    got = PurifiedClassifier(classifier, Engine(model, precision="fp32"), **options)(images)
+    assert (got - want).abs().max() <= 1e-4
+    got.sum().backward()  # to the classifier's weights
+    assert classifier[0].weight.grad.abs().max() > 0
 
 
 @pytest.mark.parametrize("again", [copy.deepcopy, lambda e: pickle.loads(pickle.dumps(e))], ids=["deepcopy", "pickle"])

@@ -110,6 +110,7 @@ class Engine:
         options: dict[str, Any] = dict(seed=seed_or_fresh(seed), streams=streams, draws=draws, clamp=clamp, check=check)
         with torch.inference_mode():
             result = self._on_devices(config, images, options)
+        result = result.clone()  # an inference tensor could enter no graph, such as that of a classifier's training
         with self._lock:
             self._times.append(taken := time.perf_counter() - began)
             self._busy += taken
