@@ -8,13 +8,16 @@ import sys
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from impure_fast import Draws, Engine, Error, PurifiedClassifier
+from impure_fast import Draws, Engine, Error, PurifiedClassifier, load
 from impure_fast.engine import products
 from impure_fast.engine.engine import synthetic_pictures
 from impure_fast.errors import ConfigError, InputError
+from impure_fast.purify import to_float
 
 from .conftest import global_generator_untouched, random_images, small_model
 
@@ -263,3 +266,13 @@ for i, _ in enumerate(engine.stream((image.clone() for _ in range(10_000)), batc
     ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     early, late = map(int, ran.stdout.split())
     assert late - early <= 8 * 1024, "the peak of 10,000 pictures lies 8 MiB at most above that of 1,000"
+
+
+def test_precision_costs_little_on_photographs():
+    """The shipped weights; what it does to decisions is measured by `python -m benchmarks.precision`."""
+    skimage = pytest.importorskip("skimage", reason="its photographs come with the extra demo")
+    photograph = np.asarray(Image.open(Path(skimage.__file__).parent / "data" / "chelsea.png").convert("RGB"))
+    images, model = to_float(photograph[None, 60:156, 100:196]), load("impure_tiny")
+    want = model.purify(images, seed=0)
+    for precision, least in (("bf16", 50), ("int8", 45)):
+        assert psnr(Engine(model, precision=precision).purify(images, seed=0), want) >= least
