@@ -59,6 +59,15 @@ class Program(str, Enum):
     onnx = "onnx"
 
 
+class Arithmetic(str, Enum):
+    """Precisions of the engine."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+    int8 = "int8"
+
+
 class Precision(str, Enum):
     """Types of stored weights."""
 
@@ -84,6 +93,9 @@ def purify(
     format: Annotated[Format | None, typer.Option(help="Of the results; unset: by OUT's suffix, else png.")] = None,
     recursive: Annotated[bool, typer.Option("--recursive", help="Look into sub-folders.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace results that exist.")] = False,
+    precision: Annotated[
+        Arithmetic, typer.Option(help="Of the arithmetic; the faster ones round more.")
+    ] = Arithmetic.fp32,
     max_batch: Annotated[int | None, typer.Option(min=1, help="Tiles a network call; bounds memory.")] = None,
     device: Annotated[str, typer.Option(help="As torch names it.")] = "cpu",
 ) -> None:
@@ -100,10 +112,12 @@ def purify(
     done, seconds = 0, 0.0
     if todo:
         from . import zoo  # imports torch: not for a run that has nothing to do
+        from .engine import Engine
 
         _check_device(device)
-        network = zoo.load(model).to(device)
-        options = dict(seed=seed, image_step=image_step, feature_step=feature_step, max_batch=max_batch)
+        sizes = None if max_batch is None else (max_batch,)
+        network = Engine(zoo.load(model), precision=precision.value, batch_sizes=sizes, device=device)
+        options = dict(seed=seed, image_step=image_step, feature_step=feature_step)
         began = time.perf_counter()
         with _progress() as progress:
             for target, file in progress.track(todo.items(), description="purifying"):

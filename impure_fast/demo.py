@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from . import __version__, zoo
 from .attacks import pgd
 from .classifiers import LITE0_MEAN, LITE0_SIZE, LITE0_STD, Normalised, efficientnet_lite0
+from .engine import Engine
 from .images import PackedImages, random_view, write_atomically
 from .model import IMPure
 from .ops._dispatch import last_backends
@@ -160,9 +161,11 @@ def run(
         attacked[str(eps)] = pgd(classifier, chosen.images, labels, **options)
 
     progress("purifying")
+    engine = Engine(purifier, precision="fp32")
+    engine.warmup()
     began = time.perf_counter()
     purified = {
-        name: purifier.purify(images, seed=SEED, image_step=image_step, feature_step=feature_step)
+        name: engine.purify(images, seed=SEED, image_step=image_step, feature_step=feature_step)
         for name, images in attacked.items()
     }
     rate = len(labels) * len(attacked) / (time.perf_counter() - began)
@@ -193,6 +196,7 @@ def run(
         "white_box": knowing(classifier, purifier, chosen.take(known), labels[known], attack_steps, progress),
         "psnr": round(psnr(purified["clean"], chosen.images), 2),
         "images_per_second": round(rate, 2),
+        "precision": engine.precision,
         "backend": last_backends()["reconstruction_attention"],
         "seed": SEED,
         "date": time.strftime("%Y-%m-%d"),

@@ -78,6 +78,14 @@ def test_purify_one_file_is_the_models_purification(tmp_path, purify, weights):
     assert torch.equal(torch.from_numpy(read_image(out).rgb).permute(2, 0, 1), wanted)
 
 
+def test_precision_reaches_the_engine(tmp_path, photos, purify):
+    for precision in ("fp32", "bf16"):
+        assert purify(photos / "a.png", "-o", tmp_path / f"{precision}.png", "--precision", precision)[0] == 0
+    a, b = (np.asarray(Image.open(tmp_path / f"{p}.png")).astype(int) for p in ("fp32", "bf16"))
+    assert 0 < np.abs(a - b).max() <= 8
+    assert "on cpu choose one of" in purify(photos / "a.png", "-o", tmp_path / "c.png", "--precision", "fp16")[2]
+
+
 def test_purify_folder_keeps_structure(tmp_path, photos, purify):
     assert purify(photos, "-o", tmp_path / "flat")[0] == 0
     assert files(tmp_path / "flat") == ["a.png", "b.png"]
