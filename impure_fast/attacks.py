@@ -39,6 +39,7 @@ def attack(
     """
     if name not in ATTACKS:
         raise InputError(f"There is no attack {name!r}; choose one of {', '.join(ATTACKS)}.")
+    images = images.contiguous()  # pyautoattack takes views of gradients, which follow the image's strides
     modes = {module: module.training for module in model.modules()}
     done = []
     devices = [images.device] if images.is_cuda else []
@@ -115,7 +116,7 @@ def _autoattack(
         from pyautoattack import AutoAttack
     except ImportError as error:
         raise MissingExtraError('AutoAttack needs the extra "attack": pip install "impure-fast[attack]".') from error
-    whole: Any = AutoAttack(model, eps=eps, version=version, device=x.device, seed=seed)  # type: ignore[arg-type]
+    whole: Any = AutoAttack(model, eps=eps, version=version, device=x.device, seed=seed)
     for part in (whole.apgd, whole.apgd_targeted, whole.fab):
         part.n_iter = steps
     with torch.no_grad():
@@ -130,7 +131,7 @@ def _autoattack(
     whole.apgd.eot_iter = eot
     ends = []
     for whole.apgd.loss in ("ce", "dlr"):
-        ends.append(whole.apgd.perturb(x, y, best_loss=True)[0])
+        ends.append(whole.apgd.perturb(x, y, best_loss=True))
     return _strongest(model, ends, y, "margin", eot)
 
 
@@ -158,9 +159,7 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-def expected_gradient(
-    model: nn.Module, z: Tensor, y: Tensor, loss: str = "ce", eot: int = 1
-) -> tuple[Tensor, Tensor]:
+def expected_gradient(model: nn.Module, z: Tensor, y: Tensor, loss: str = "ce", eot: int = 1) -> tuple[Tensor, Tensor]:
     """(mean loss [N], its gradient [N, 3, H, W]) over ``eot`` calls; a random model draws afresh in each row."""
     total, gradient = torch.zeros(len(z), device=z.device), torch.zeros_like(z)
     for rows in range(0, eot, group := max(1, EOT_ROWS // len(z))):
