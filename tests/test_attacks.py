@@ -69,7 +69,7 @@ def test_agrees_with_a_direct_call_of_the_library(name, direct, model, data):
 @pytest.mark.parametrize(
     ("options", "direct"),
     [
-        (dict(), lambda m: torchattacks.PGD(m, eps=EPS, alpha=STEP, steps=3)),
+        ({}, lambda m: torchattacks.PGD(m, eps=EPS, alpha=STEP, steps=3)),
         (dict(start="image"), lambda m: torchattacks.PGD(m, eps=EPS, alpha=STEP, steps=3, random_start=False)),
         (dict(start="image", decay=1.0), lambda m: torchattacks.MIFGSM(m, eps=EPS, alpha=STEP, steps=3, decay=1.0)),
         (
@@ -158,7 +158,9 @@ def test_averaging_helps_against_noise(data):
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        agree = [(expected_gradient(Noisy(), x, y, "margin", n)[1].flatten(1).sign() == weights.sign()) for n in (1, 64)]
+        agree = [
+            (expected_gradient(Noisy(), x, y, "margin", n)[1].flatten(1).sign() == weights.sign()) for n in (1, 64)
+        ]
     assert agree[0].float().mean() < 0.7 < 0.85 < agree[1].float().mean()
 
 

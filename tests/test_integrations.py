@@ -157,7 +157,9 @@ def test_art_sees_the_exact_gradient(art_classifier, classifier, purifier):
     pipeline = PurifiedClassifier(classifier, purifier, mean=MEAN, std=STD, mode="deterministic")
     leaf, y = IMAGES.clone().requires_grad_(), torch.arange(4)
     (wanted,) = torch.autograd.grad(nn.functional.cross_entropy(pipeline(leaf), y, reduction="sum"), leaf)
-    found = art_classifier(mode="deterministic").loss_gradient(IMAGES.numpy(), np.eye(10, dtype=np.float32)[:4])  # one-hot
+    found = art_classifier(mode="deterministic").loss_gradient(
+        IMAGES.numpy(), np.eye(10, dtype=np.float32)[:4]
+    )  # one-hot
     scale = wanted.abs().max()
     assert scale > 0
     # ART averages the loss over the batch; the direction is what an attack takes.

@@ -155,7 +155,8 @@ def _sweeps(sanity: list[Left]) -> list[dict[str, Any]]:
         for a in bounded:
             if a.job.parameters["steps"] > 1:
                 groups.setdefault(rest(a), []).append(a)
-        line = sorted(max(groups.values(), key=len), key=value) if groups else []
+        line = max(groups.values(), key=len, default=[])
+        line.sort(key=value)
         if len({value(a) for a in line}) < 2:
             continue
         pairs = list(zip(line, line[1:], strict=False))

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import __version__, zoo
+from .. import zoo
 from ..attacks import attack
 from ..errors import InputError
 from ..images import write_atomically
@@ -400,8 +400,8 @@ def _warnings() -> Iterator[list[str]]:
 
 def versions() -> dict[str, str]:
     """Of all that a figure depends on."""
-    found = {"impure_fast": __version__, "python": platform.python_version()}
-    for name in ("torch", "torchvision", "timm", "torchattacks", "pyautoattack"):
+    found = {"python": platform.python_version()}
+    for name in ("impure-fast", "torch", "torchvision", "timm", "torchattacks", "pyautoattack"):
         with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
     return found
