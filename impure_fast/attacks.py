@@ -16,8 +16,6 @@ from torch import Tensor, nn
 
 from .errors import InputError, MissingExtraError
 
-EOT_ROWS = 128  # most images in one call of an expectation over transformations
-
 
 def attack(
     name: str,
@@ -160,12 +158,11 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def expected_gradient(model: nn.Module, z: Tensor, y: Tensor, loss: str = "ce", eot: int = 1) -> tuple[Tensor, Tensor]:
-    """(mean loss [N], its gradient [N, 3, H, W]) over ``eot`` calls; a random model draws afresh in each row."""
+    """(mean loss [N], its gradient [N, 3, H, W]) over ``eot`` calls, in each of which a random model draws afresh."""
     total, gradient = torch.zeros(len(z), device=z.device), torch.zeros_like(z)
-    for rows in range(0, eot, group := max(1, EOT_ROWS // len(z))):
-        copies = min(group, eot - rows)
+    for _ in range(eot):
         leaf = z.detach().requires_grad_()
-        value = LOSSES[loss](model(leaf.repeat(copies, 1, 1, 1)), y.repeat(copies)).view(copies, -1).sum(dim=0)
+        value = LOSSES[loss](model(leaf), y)
         if value.requires_grad:  # a detached defence gives none: the gradient stays zero, and the sanity set says so
             part = torch.autograd.grad(value.sum(), leaf, allow_unused=True)[0]
             gradient += 0 if part is None else part

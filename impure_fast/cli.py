@@ -10,6 +10,7 @@ import functools
 import json
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from enum import Enum
@@ -491,6 +492,7 @@ def evaluate(
     images: Annotated[int | None, typer.Option(min=1, help="Pictures.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Steps of white-box attacks.")] = None,
     eot: Annotated[int | None, typer.Option(min=1, help="Draws a gradient step averages.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Pictures at once; bounds memory.")] = None,
     seed: Annotated[int | None, typer.Option(min=0)] = None,
     device: Annotated[str | None, typer.Option(help="As torch names it.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="PGD-50, EOT-10, 64 pictures, for a first look.")] = False,
@@ -503,11 +505,12 @@ def evaluate(
     """
     from .evaluation import report, run, suites
 
+    sys.path.insert(0, os.getcwd())  # an own classifier may lie here, as with python -m
     given: dict[str, Any] = dict(
         data=data, suite=suite and suite.value, classifier=classifier, classifier_weights=classifier_weights
     )
     given |= dict(purifiers=purifier, surrogates=surrogate, eps=eps, images=images, steps=steps, eot=eot)
-    given |= dict(seed=seed, device=device)
+    given |= dict(batch=batch, seed=seed, device=device)
     settings = suites.Settings.from_file(config, quick, **{k: v for k, v in given.items() if v not in (None, [])})
     _check_device(settings.device)
     with _progress() as progress:

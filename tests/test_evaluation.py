@@ -234,7 +234,7 @@ def test_the_undefended_classifier_falls_and_transfer_is_weaker(ladder):
 
 def test_the_report_is_self_contained(ladder):
     text = (ladder[1] / "report.html").read_text()
-    assert "http" not in text and "<script" not in text
+    assert "http:" not in text and "https:" not in text and "<script" not in text
     assert text.count("data:image/png;base64,") >= 3
     assert "oblivious, never robustness" in text and "95 % Wilson" in text
 

@@ -88,7 +88,7 @@ def _accuracy(evaluation: Evaluation, defence: Defence, images: Tensor, labels: 
     """Mean over the run's draws, in percent."""
     s = evaluation.settings
     pipeline = defence.pipeline(evaluation.target, "random", evaluation.seed("score"))
-    found = scoring.decide(pipeline, images, labels, s.draws, s.batch)
+    found = scoring.decide(pipeline, images, labels, evaluation.draws(defence), s.batch)
     return round(100 * float((found.decisions == labels.cpu()).double().mean()), 2)
 
 
@@ -162,7 +162,7 @@ def _quality(
         out[f"ssim_{name}"] = None if similarity is None else round(similarity, 4)
         if lpips is not None:
             with torch.no_grad():
-                out[f"lpips_{name}"] = round(float(lpips(2 * purified - 1, 2 * clean - 1).mean()), 4)
+                out[f"lpips_{name}"] = round(float(lpips(2 * purified.cpu() - 1, 2 * clean.cpu() - 1).mean()), 4)
     return out
 
 

@@ -71,6 +71,7 @@ class Evaluation:
             "data": digest(torch.from_numpy(self.pictures.clean), self.pictures.labels),
         }
         self.defences = self._defences()
+        self.randomised: dict[str, bool] = {}  # by defence, as probed
         self.hashes = {d.name: digest(d.purifier) for d in self.defences}
 
     def _defences(self) -> list[Defence]:
@@ -93,6 +94,10 @@ class Evaluation:
     def seed(self, purpose: str) -> int:
         """Attack and scoring never share draws."""
         return int(_key(self.settings.seed, purpose)[:8], 16)
+
+    def draws(self, defence: Defence, mode: str = "random") -> int:
+        """How often an image is classified: once where every draw is the same."""
+        return self.settings.draws if mode == "random" and self.randomised.get(defence.name, True) else 1
 
     # --- cached pieces -------------------------------------------------------------------------------------------
 
@@ -175,7 +180,7 @@ class Evaluation:
     def scored(self, job: Job | None, defence: Defence, n: int, mode: str) -> dict[str, Any]:
         """decisions [N, n], loss [n], shown pictures and meta of one attack, or of the clean images (job None)."""
         s = self.settings
-        draws = s.draws if mode == "random" else 1
+        draws = self.draws(defence, mode)
 
         def make() -> dict[str, Any]:
             images, meta = self.images[:n], dict[str, Any](seconds=None, flags=[])
@@ -285,6 +290,7 @@ class Evaluation:
         """(rows, checks) of the whole suite on one defence."""
         s = self.settings
         profile, found = checks.probe(defence, self.target, self.images, self.labels, self.seed("probe"))
+        self.randomised[defence.name] = profile.randomised
         todo = jobs(s, profile, defended=defence.name != "none")
         if self.pictures.adversarial is not None:
             given = np.abs(self.pictures.adversarial.astype(int) - self.pictures.clean).max()
