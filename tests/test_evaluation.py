@@ -586,11 +586,11 @@ def test_lite0_ladder_on_photographs(tmp_path):
     from impure_fast.classifiers import LITE0_MEAN, LITE0_STD, Normalised, efficientnet_lite0
     from impure_fast.purify import to_bytes
 
-    views = demo.photograph_views(Normalised(efficientnet_lite0(), LITE0_MEAN, LITE0_STD).eval(), 2)
+    views = demo.photograph_views(Normalised(efficientnet_lite0(), LITE0_MEAN, LITE0_STD).eval(), 1)
     jpegs = [encode_jpeg(image, 95) for image in to_bytes(views.images)]
     write_packed(tmp_path / "views.npz", jpegs, [right[0] for right in views.right], views.names)
-    options = dict(data=str(tmp_path / "views.npz"), baselines=("none",), images=2, draws=2, steps=2, eot=1, queries=5)
-    chosen = suites.Settings(**options, levels=("T0", "T3", "T4"), analysis=False, eps=(8,))
+    options = dict(data=str(tmp_path / "views.npz"), baselines=("none",), images=1, draws=2, steps=1)
+    chosen = suites.Settings(**options, levels=("T0", "T3"), analysis=False, eps=(8,))
     rows = run.evaluate(chosen, tmp_path / "out")["rows"]
     assert rows_of({"rows": rows}, "none", "T0")[-1]["adversarial"]["all"]["mean"]["value"] == 0
     assert {row["verdict"] for row in rows if row["defence"] == "impure_tiny"} == {"measured"}

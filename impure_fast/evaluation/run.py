@@ -35,7 +35,7 @@ from .suites import Job, Settings, jobs
 from .targets import Target, digest, load_pictures, load_target
 
 Progress = Callable[[str, int, int], None]
-SHOWN = 4  # attacked pictures kept for the report
+SHOWN = 4  # pictures in the report
 NOT_DIFFERENTIABLE = "not differentiable"
 
 
@@ -117,6 +117,13 @@ class Evaluation:
             found = {name: file[name] for name in file.files}
         return found | {"meta": json.loads(str(found["meta"]))}
 
+    def _made(self, job: Job | None) -> tuple[Any, ...]:
+        """What an attack depends on beside the pictures, the target and the defence."""
+        if job is None:
+            return ()
+        surrogate = self.surrogates.get(job.knows.removeprefix("surrogate:"))
+        return asdict(job), digest(surrogate.model) if surrogate else None
+
     def _identity(self, defence: Defence) -> tuple[Any, ...]:
         return defence.name, self.hashes[defence.name], defence.config, defence.pad_resize
 
@@ -138,7 +145,7 @@ class Evaluation:
             images, meta = self._attack(job, defence)
             return {"images": to_bytes(images), "meta": meta}
 
-        found = self.cached("attacks", _key(asdict(job), self.ids, self.settings.seed, self.settings.batch), make)
+        found = self.cached("attacks", _key(self._made(job), self.ids, self.settings.seed, self.settings.batch), make)
         return to_float(found["images"]).to(self.images), found["meta"]
 
     def _attack(self, job: Job, defence: Defence) -> tuple[Tensor, dict[str, Any]]:
@@ -178,7 +185,7 @@ class Evaluation:
         return Attackable(pipeline, gradient="identity" if job.knows == "identity" else "exact")
 
     def scored(self, job: Job | None, defence: Defence, n: int, mode: str) -> dict[str, Any]:
-        """decisions [N, n], loss [n], shown pictures and meta of one attack, or of the clean images (job None)."""
+        """decisions [N, n], loss [n] and meta of one attack, or of the clean images (job None)."""
         s = self.settings
         draws = self.draws(defence, mode)
 
@@ -190,11 +197,9 @@ class Evaluation:
             outcome = scoring.decide(pipeline, images, self.labels[:n], draws, s.batch)
             farthest = float((images - self.images[:n]).abs().max() * 255)
             meta |= {"farthest": round(farthest, 3), "device": s.device, "versions": versions()}
-            shown = {"decisions": outcome.decisions.numpy(), "loss": outcome.loss.numpy()}
-            return shown | {"pictures": to_bytes(images[:SHOWN]), "meta": meta}
+            return {"decisions": outcome.decisions.numpy(), "loss": outcome.loss.numpy(), "meta": meta}
 
-        name = None if job is None else asdict(job)
-        key = _key(name, n, mode, draws, self.ids, s.seed, s.batch, self._identity(defence))
+        key = _key(self._made(job), n, mode, draws, self.ids, s.seed, s.batch, self._identity(defence))
         return self.cached("scores", key, make)
 
     # --- rows ----------------------------------------------------------------------------------------------------
