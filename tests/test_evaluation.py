@@ -132,7 +132,7 @@ def against(data, function, folder, monkeypatch, **changes):
 def test_planted_fakes_are_flagged(data, tmp_path, monkeypatch, function, caught):
     rows, found = against(data, function, tmp_path, monkeypatch, levels=("T3", "sanity"))
     assert found[caught] == "failed"
-    assert "do not quote" in (tmp_path / "report.md").read_text()
+    assert "Do not quote" in (tmp_path / "report.md").read_text()
     assert (tmp_path / "report.html").read_text().count('class="failed"') >= 1
 
 

@@ -19,7 +19,7 @@ from .suites import UNBOUNDED, Job, Profile
 from .targets import Target
 
 PROBED = 8  # pictures that the probe takes
-LENGTHS = (1e-3, 1e-2, 1e-1)  # of the central differences, L2
+LENGTHS = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)  # of the central differences, L2: rounding at one end, kinks at the other
 GRADIENT_ERROR = 1e-2
 SAME = 1e-4  # largest difference of normalised logits that counts as the same
 ALONG = 0.9  # share of images whose loss rises more along the gradient's sign than along a random one

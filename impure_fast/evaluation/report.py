@@ -79,7 +79,7 @@ def summary(results: dict[str, Any]) -> list[str]:
     ]
     if failed:
         blamed = ", ".join(dict.fromkeys(c["defence"] for c in failed))
-        out.append(f"{len(failed)} sanity checks failed ({blamed}): do not quote their figures as robustness.")
+        out.append(f"Sanity checks that failed: {len(failed)} ({blamed}). Do not quote their figures as robustness.")
     return out
 
 
@@ -91,9 +91,9 @@ def _md_table(head: Sequence[str], body: Sequence[Sequence[Any]]) -> str:
 def sections(results: dict[str, Any]) -> list[tuple[str, str, Sequence[str], list[list[Any]]]]:
     """(title, sentence, head, rows) of every table."""
     out: list[tuple[str, str, Sequence[str], list[list[Any]]]] = []
-    for level in dict.fromkeys(row["level"] for row in results["rows"]):
+    for level in sorted({row["level"] for row in results["rows"]}, key=list(READS).index):
         body = [line(row) for row in results["rows"] if row["level"] == level]
-        out.append((level, READS.get(level, ""), HEAD, body))
+        out.append((level, READS[level], HEAD, body))
     checks = [[c["defence"], c["check"], c["status"], c["says"]] for c in results["checks"]]
     out.append(
         ("Checks", "what would make the figures above worthless", ("defence", "check", "status", "says"), checks)
