@@ -331,6 +331,8 @@ def test_the_defaults_are_the_full_protocol_and_rungs_cut_one_level():
     assert [job.attack for job in white] == ["eot-pgd", "eot-pgd", "autoattack"]
     assert all(job.images == 512 and job.parameters["eot"] == 20 for job in white)
     assert white[0].parameters["steps"] == 200 and white[0].parameters["step_size"] == pytest.approx(0.0035)
+    two = suites.jobs(dataclasses.replace(full, eps=(4, 8)), suites.Profile(True, True), True)
+    assert [job.eps for job in two if job.level == "T0"] == [2, 4, 8]
     cut = dataclasses.replace(full, rungs={"T4": dict(images=8, steps=5)})
     found = {job.level: job for job in suites.jobs(cut, suites.Profile(True, True), True) if job.attack == "eot-pgd"}
     assert (found["T4"].images, found["T4"].parameters["steps"]) == (8, 5)

@@ -140,7 +140,7 @@ def jobs(settings: Settings, profile: Profile, defended: bool) -> list[Job]:
     found = [job for eps in settings.eps or (4,) for job in _ladder(settings, profile, defended, eps)]
     if "sanity" in settings.levels:
         found += _sanity(settings, profile, (settings.eps or (4,))[0])
-    return found
+    return [job for place, job in enumerate(found) if job not in found[:place]]  # half of one eps may be another
 
 
 def _ladder(settings: Settings, profile: Profile, defended: bool, eps: float) -> list[Job]:
