@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from impure_fast import Draws, Engine, backend, create_model, load
 from impure_fast.classifiers import LITE0_MEAN, LITE0_STD, Normalised, efficientnet_lite0
-from impure_fast.demo import psnr
 from impure_fast.engine.engine import PRECISIONS
+from impure_fast.evaluation.analysis import psnr
 from impure_fast.model import IMPure
 from impure_fast.zoo import shipped
 

@@ -19,8 +19,9 @@ from torch import Tensor
 from impure_fast import Engine, load
 from impure_fast.attacks import pgd
 from impure_fast.classifiers import LITE0_MEAN, LITE0_STD, Normalised, efficientnet_lite0
-from impure_fast.demo import EPS, SEED, decide, packed_views, photograph_views, psnr
+from impure_fast.demo import EPS, SEED, decide, packed_views, photograph_views
 from impure_fast.engine.engine import PRECISIONS
+from impure_fast.evaluation.analysis import psnr
 from impure_fast.images import write_atomically
 
 from .runner import machine

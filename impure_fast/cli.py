@@ -1,4 +1,4 @@
-"""The command line: ``impure-fast purify | demo | info | models | data | convert | export | train``.
+"""The command line: ``impure-fast purify | demo | info | models | data | convert | export | train | evaluate``.
 
 torch, numpy and Pillow are imported inside the commands, so that ``--help`` answers at once.
 """
@@ -10,6 +10,7 @@ import functools
 import json
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from enum import Enum
@@ -66,6 +67,14 @@ class Arithmetic(str, Enum):
     bf16 = "bf16"
     fp16 = "fp16"
     int8 = "int8"
+
+
+class Suite(str, Enum):
+    """Suites of evaluation."""
+
+    ladder = "ladder"
+    paper = "paper"
+    standard = "standard"
 
 
 class Precision(str, Enum):
@@ -476,6 +485,62 @@ def train(
         typer.echo(f"interrupted and saved in {output}; the same command goes on from there.")
 
 
+def evaluate(
+    data: Annotated[
+        str | None, typer.Option(metavar="PATH", help="Packed npz, shards, or a folder with a folder a class.")
+    ] = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="DIR", help="Of the report; a run there goes on.")
+    ] = Path("evaluation"),
+    config: Annotated[
+        Path | None, typer.Option(metavar="JSON", help="Fields of Settings; the options below go before them.")
+    ] = None,
+    suite: Annotated[Suite | None, typer.Option(help="Unset: ladder.")] = None,
+    classifier: Annotated[
+        str | None, typer.Option(help="lite0, the authors' three, timm or torchvision name, module:factory.")
+    ] = None,
+    classifier_weights: Annotated[str | None, typer.Option(metavar="FILE", help="In place of a download.")] = None,
+    purifier: Annotated[list[str] | None, typer.Option(help="Name or file; repeat to compare.")] = None,
+    surrogate: Annotated[list[str] | None, typer.Option(help="Classifier whose attacks transfer; may repeat.")] = None,
+    eps: Annotated[list[float] | None, typer.Option(help="In 1/255; may repeat. Unset: the suite's own.")] = None,
+    images: Annotated[int | None, typer.Option(min=1, help="Pictures.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps of white-box attacks.")] = None,
+    eot: Annotated[int | None, typer.Option(min=1, help="Draws a gradient step averages.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Pictures at once; bounds memory.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0)] = None,
+    device: Annotated[str | None, typer.Option(help="As torch names it.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="PGD-50, EOT-10, 64 pictures, for a first look.")] = False,
+) -> None:
+    """Attack classifier and purifier together, with baselines and sanity checks, and report.
+
+    The defaults are the full protocol: PGD-200, EOT-20, 512 pictures. What is not
+    given keeps the defaults of impure_fast.evaluation.suites.Settings. Ctrl-C
+    stops; the same command goes on.
+    """
+    from .evaluation import report, run, suites
+
+    sys.path.insert(0, os.getcwd())  # an own classifier may lie here, as with python -m
+    given: dict[str, Any] = dict(
+        data=data, suite=suite and suite.value, classifier=classifier, classifier_weights=classifier_weights
+    )
+    given |= dict(purifiers=purifier, surrogates=surrogate, eps=eps, images=images, steps=steps, eot=eot)
+    given |= dict(batch=batch, seed=seed, device=device)
+    settings = suites.Settings.from_file(config, quick, **{k: v for k, v in given.items() if v not in (None, [])})
+    _check_device(settings.device)
+    with _progress() as progress:
+        tasks: dict[str, Any] = {}
+
+        def show(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = progress.add_task(what, total=total)
+            progress.update(tasks[what], completed=done, visible=done < total)
+
+        results = run.evaluate(settings, output, progress=show)
+    for sentence in report.summary(results):
+        typer.echo(sentence)
+    typer.echo(f"wrote {output / 'report.html'}, report.md and results.json")
+
+
 def _check_device(device: str) -> None:
     import torch
 
@@ -544,7 +609,7 @@ def make_app() -> typer.Typer:
         add_completion=False,
         pretty_exceptions_enable=False,
     )
-    for command in (purify, demo, info, models, data, convert, export, train):
+    for command in (purify, demo, info, models, data, convert, export, train, evaluate):
         app.command()(_plain_ending()(command))
     return app
 

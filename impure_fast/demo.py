@@ -6,7 +6,6 @@ works, never that a system is safe.
 
 from __future__ import annotations
 
-import io
 import json
 import platform
 import time
@@ -26,6 +25,8 @@ from . import __version__, zoo
 from .attacks import pgd
 from .classifiers import LITE0_MEAN, LITE0_SIZE, LITE0_STD, Normalised, efficientnet_lite0
 from .engine import Engine
+from .evaluation.analysis import psnr
+from .evaluation.defences import blur, jpeg
 from .images import PackedImages, random_view, write_atomically
 from .model import IMPure
 from .ops._dispatch import last_backends
@@ -99,28 +100,6 @@ def packed_views(path: str | Path) -> Views:
     size = (LITE0_SIZE, LITE0_SIZE)
     arrays = [np.asarray(Image.fromarray(packed[i]).resize(size, Image.Resampling.BICUBIC)) for i in which]
     return Views(to_float(np.stack(arrays)), [(int(packed.labels[i]),) for i in which], [str(i) for i in which])
-
-
-def jpeg(images: Tensor, quality: int = 75) -> Tensor:
-    """JPEG compression as a defence."""
-    done = []
-    for image in to_bytes(images):
-        buffer = io.BytesIO()
-        Image.fromarray(image).save(buffer, "JPEG", quality=quality)
-        done.append(np.asarray(Image.open(buffer)))
-    return to_float(np.stack(done))
-
-
-def blur(images: Tensor, sigma: float = 1.0) -> Tensor:
-    """Gaussian blur as a defence."""
-    from torchvision.transforms.functional import gaussian_blur
-
-    return gaussian_blur(images, [7, 7], [sigma, sigma])
-
-
-def psnr(a: Tensor, b: Tensor) -> float:
-    """Mean over images of the peak signal-to-noise ratio in dB, values in [0, 1]."""
-    return float((-10 * (a - b).square().mean(dim=(1, 2, 3)).log10()).mean())
 
 
 def run(

@@ -275,8 +275,8 @@ class PurifiedClassifier(nn.Module):
         self.seed = 0 if mode == "deterministic" and seed is None else seed
         self.steps = {"image_step": image_step, "feature_step": feature_step}
         self._used = 0
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.tensor(list(map(float, mean))).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(list(map(float, std))).view(3, 1, 1), persistent=False)
 
     def purify(self, images: Tensor, sample: int = 0) -> Tensor:
         """The purified images that the classifier sees.  images: [N, 3, H, W] in [0, 1]."""
@@ -294,10 +294,11 @@ class PurifiedClassifier(nn.Module):
         """images: [N, 3, H, W] float in [0, 1] -> logits [N, classes]."""
         if images.ndim != 4 or not images.is_floating_point():
             raise InputError(f"images: {images.dtype} {tuple(images.shape)}; wanted float [N, 3, H, W] in [0, 1].")
-        logits = [self._classify(self.purify(images, sample)) for sample in range(self.samples)]
+        logits = [self.classify(self.purify(images, sample)) for sample in range(self.samples)]
         return torch.stack(logits).mean(dim=0)
 
-    def _classify(self, images: Tensor) -> Tensor:
+    def classify(self, images: Tensor) -> Tensor:
+        """Logits of purified images: resize, normalise, classify."""
         if self.size is not None and tuple(images.shape[2:]) != self.size:
             images = F.interpolate(images, self.size, mode="bilinear", antialias=True)
         return self.classifier((images.to(self.mean.dtype) - self.mean) / self.std)

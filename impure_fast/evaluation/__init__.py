@@ -1,0 +1,1 @@
+"""Evaluation under attack: suite -> attacks -> defences -> rows -> report (``impure-fast evaluate``)."""

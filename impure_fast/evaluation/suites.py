@@ -1,0 +1,224 @@
+"""What is run: the settings of an evaluation, and for each suite the attacks that it makes of them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError
+from .defences import BASELINES
+
+SUITES = ("ladder", "paper", "standard")
+LEVELS = ("T0", "T1", "T2", "T3", "T4", "T5", "sanity")
+UNBOUNDED = 255.0
+# The step in use with PGD-200 + EOT-20: 0.007 at 8/255, in proportion at other eps.
+STEP = 0.007 / 8
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One evaluation; the defaults are the full protocol.
+
+    classifier, classifier_weights: as ``targets.load_target`` has them.  data: as ``targets.load_pictures``.
+    purifiers: names or files for ``zoo.load``; baselines: names of ``defences.BASELINES``.
+    surrogates: classifiers whose attacks are transferred (T1); none leaves the level out.
+    eps: in 1/255; () takes the suite's own.  images: the first so many pictures.
+    steps, eot, queries: of the white-box attacks and of Square.  draws: N of the scoring of random defences.
+    sanity_images: pictures of the sanity set.  levels: of the ladder.
+    rungs: {level: {"images", "steps", "eot", "queries"}} in place of the above for one level.
+    analysis: also run the analyses.  image_step, feature_step: masking strength in place of the purifiers' own.
+    """
+
+    data: str = ""
+    suite: str = "ladder"
+    classifier: str = "lite0"
+    classifier_weights: str | None = None
+    purifiers: tuple[str, ...] = ("impure_tiny",)
+    baselines: tuple[str, ...] = tuple(BASELINES)
+    surrogates: tuple[str, ...] = ()
+    levels: tuple[str, ...] = LEVELS
+    eps: tuple[float, ...] = ()
+    images: int = 512
+    steps: int = 200
+    eot: int = 20
+    queries: int = 5000
+    draws: int = 10
+    sanity_images: int = 64
+    rungs: dict[str, dict[str, int]] = field(default_factory=dict)
+    analysis: bool = True
+    image_step: int | None = None
+    feature_step: int | None = None
+    batch: int = 32
+    seed: int = 0
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        def need(ok: bool, name: str, wanted: str) -> None:
+            if not ok:
+                raise ConfigError(f"{name}={getattr(self, name)!r}: {wanted}.")
+
+        need(bool(self.data), "data", "name a folder, a shard or a packed npz")
+        need(self.suite in SUITES, "suite", f"choose one of {', '.join(SUITES)}")
+        need(set(self.baselines) <= set(BASELINES), "baselines", f"choose from {', '.join(BASELINES)}")
+        need(set(self.levels) <= set(LEVELS), "levels", f"choose from {', '.join(LEVELS)}")
+        need(bool(self.purifiers or self.baselines), "purifiers", "there is nothing to evaluate")
+        need(all(0 < e <= 255 for e in self.eps), "eps", "give numbers in (0, 255], in units of 1/255")
+        for name in ("images", "steps", "eot", "queries", "draws", "sanity_images", "batch"):
+            need(getattr(self, name) >= 1, name, "must be at least 1")
+        known = {"images", "steps", "eot", "queries"}
+        ok = set(self.rungs) <= set(LEVELS) and all(set(rung) <= known for rung in self.rungs.values())
+        need(ok, "rungs", f"maps levels ({', '.join(LEVELS)}) to {', '.join(sorted(known))}")
+
+    @classmethod
+    def from_file(cls, path: str | Path | None, quick: bool = False, **changes: Any) -> Settings:
+        """QUICK if asked for, then a JSON file of fields, then ``changes``: the later go before the earlier."""
+        values: dict[str, Any] = {}
+        if path is not None:
+            try:
+                values = json.loads(Path(path).read_text())
+            except (OSError, ValueError) as error:
+                raise ConfigError(f"{path} holds no settings of an evaluation: {error}.") from error
+        values = (QUICK if quick else {}) | values | changes
+        if unknown := sorted(set(values) - {f.name for f in fields(cls)}):
+            raise ConfigError(f"Unknown settings {unknown}; known are {sorted(f.name for f in fields(cls))}.")
+        tuples: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+        return cls(**tuples)
+
+    def rung(self, level: str) -> dict[str, int]:
+        """images, steps, eot and queries of one level."""
+        own = dict(images=self.images, steps=self.steps, eot=self.eot, queries=self.queries)
+        if level == "sanity":
+            own["images"] = min(self.images, self.sanity_images)
+        return own | self.rungs.get(level, {})
+
+
+QUICK: dict[str, Any] = dict(images=64, steps=50, eot=10, queries=500, sanity_images=16)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One attack.
+
+    knows: what it may differentiate: "classifier"; "surrogate:NAME"; "identity" (the pipeline forward, the identity
+        backward); "frozen" (the deterministic pipeline); "fresh" (the random one); "given" (made beforehand).
+    eps: in 1/255; parameters: of ``attacks.attack``; images: the first so many.
+    only_right: attack only images that the bare classifier gets right; the others are scored as they are.
+    """
+
+    level: str
+    attack: str
+    eps: float
+    knows: str
+    images: int
+    parameters: dict[str, Any] = field(default_factory=dict)
+    only_right: bool = False
+
+    @property
+    def mode(self) -> str:
+        """How the pipeline draws when this attack is scored."""
+        return "deterministic" if self.knows == "frozen" else "random"
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What ``checks.probe`` found of a defence, which decides what can be run against it."""
+
+    randomised: bool
+    differentiable: bool
+
+
+def jobs(settings: Settings, profile: Profile, defended: bool) -> list[Job]:
+    """The attacks of the suite on one defence; defended: False for the bare classifier."""
+    if settings.suite == "paper":
+        return [job for eps in settings.eps or (4, 8, 16) for job in _paper(settings, eps)]
+    if settings.suite == "standard":
+        steps = {} if settings.steps == Settings.steps else {"steps": settings.steps}  # AutoAttack's own: 100
+        options = dict(version="standard", queries=settings.queries, **steps)
+        return [Job("AA", "autoattack", e, "frozen", settings.images, options) for e in settings.eps or (4,)]
+    found = [job for eps in settings.eps or (4,) for job in _ladder(settings, profile, defended, eps)]
+    if "sanity" in settings.levels:
+        found += _sanity(settings, profile, (settings.eps or (4,))[0])
+    return [job for place, job in enumerate(found) if job not in found[:place]]  # half of one eps may be another
+
+
+def _ladder(settings: Settings, profile: Profile, defended: bool, eps: float) -> list[Job]:
+    found: list[Job] = []
+
+    def add(level: str, attack: str, knows: str, eps: float = eps, **parameters: Any) -> None:
+        if level in settings.levels:
+            found.append(Job(level, attack, eps, knows, settings.rung(level)["images"], parameters))
+
+    for size in (eps / 2, eps):
+        add("T0", "pgd", "classifier", size, steps=20, step_size=size / 4 / 255)
+    for name in settings.surrogates:
+        for attack in ("mifgsm", "difgsm"):
+            add("T1", attack, f"surrogate:{name}", steps=100, step_size=eps / 10 / 255, decay=1.0)
+    for level, knows in (("T2", "identity"), ("T3", "frozen"), ("T4", "fresh")):
+        rung = settings.rung(level)
+        if (level == "T2" and not defended) or (level == "T4" and not profile.randomised):
+            continue  # without a defence T2 is T3; without draws T4 is
+        eot = 1 if level == "T3" or not profile.randomised else rung["eot"]
+        for loss in ("ce", "margin"):
+            add(level, "eot-pgd", knows, steps=rung["steps"], step_size=eps * STEP, eot=eot, loss=loss)
+        steps = min(100, rung["steps"])
+        if level == "T3":
+            add(level, "apgd-ce", knows, steps=steps)
+            add(level, "apgd-dlr", knows, steps=steps)
+        if level == "T4":
+            add(level, "autoattack", knows, version="rand", steps=steps, eot=eot)
+    add("T5", "square", "fresh", queries=settings.rung("T5")["queries"])
+    return found
+
+
+def white_box(profile: Profile) -> str:
+    """The strongest knowledge that an attack on this defence can use."""
+    return "identity" if not profile.differentiable else "fresh" if profile.randomised else "frozen"
+
+
+def _sanity(settings: Settings, profile: Profile, eps: float) -> list[Job]:
+    """The sweeps of the sanity set: eps, steps, EOT, one step, and a ball without bound."""
+    rung, knows = settings.rung("sanity"), white_box(profile)
+    eot, steps = rung["eot"] if profile.randomised else 1, rung["steps"]
+    few = max(2, steps // 4)
+    sweep: list[tuple[float, int, int]] = [(size, few, eot) for size in (2.0, 4.0, 8.0, 16.0, 32.0)]
+    sweep += [(eps, count, eot) for count in (max(2, steps // 20), few, steps)]
+    sweep += [(eps, few, count) for count in (1, max(1, eot // 4), eot)]
+    sweep += [(UNBOUNDED, steps, eot)]
+    options: list[tuple[float, dict[str, Any]]] = [
+        (size, dict(steps=count, step_size=min(size * STEP * max(1, 50 / count), size / 255, 16 / 255), eot=copies))
+        for size, count, copies in dict.fromkeys(sweep)
+    ]
+    options.append((eps, dict(steps=1, step_size=eps / 255, eot=eot, starts=("image",))))
+    return [Job("sanity", "eot-pgd", size, knows, rung["images"], parameters) for size, parameters in options]
+
+
+def _paper(settings: Settings, eps: float) -> list[Job]:
+    """The authors' nine with their parameters (SPEC 7.1), and the standard ones beside those that differ (7.2)."""
+    step: dict[str, Any] = dict(step_size=4 / 255)
+    ten = dict(steps=10, **step)
+    nine: list[tuple[str, dict[str, Any]]] = [
+        ("fgsm", {}),
+        ("authors-pgd", ten),
+        ("authors-mifgsm", ten),
+        ("authors-difgsm", dict(decay=0.0, **ten)),
+        ("authors-difgsm", dict(decay=1.0, **ten)),
+        ("apgd-ce", dict(steps=10)),
+        ("apgd-dlr", dict(steps=10)),
+        ("authors-cw2", {}),
+        ("authors-deepfool2", step),
+    ]
+    standard: list[tuple[str, dict[str, Any]]] = [
+        ("pgd", ten),
+        ("mifgsm", ten),
+        ("difgsm", dict(decay=0.0, **ten)),
+        ("difgsm", dict(decay=1.0, **ten)),
+        ("cw", {}),
+        ("deepfool", {}),
+    ]
+    return [
+        Job(level, name, eps, "classifier", settings.images, parameters, only_right=True)
+        for level, group in (("authors", nine), ("standard", standard))
+        for name, parameters in group
+    ]

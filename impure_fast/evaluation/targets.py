@@ -1,0 +1,285 @@
+"""Classifiers to attack and pictures to attack them on, both by name."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+import tarfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor, nn
+
+from ..classifiers import LITE0_MEAN, LITE0_SIZE, LITE0_STD, Normalised, efficientnet_lite0
+from ..errors import InputError, MissingExtraError, MissingFileError
+from ..images import PackedImages, find_images, read_image
+from ..purify import to_float
+
+BICUBIC, BILINEAR = Image.Resampling.BICUBIC, Image.Resampling.BILINEAR
+
+
+def digest(*parts: nn.Module | Tensor) -> str:
+    """Sixteen hex digits over the values of state dicts and tensors."""
+    found = hashlib.sha256()
+    for part in parts:
+        tensors = part.state_dict() if isinstance(part, nn.Module) else {"": part}
+        for name, tensor in tensors.items():
+            values = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+            found.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode() + values.numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
+@dataclass
+class Target:
+    """A classifier with its preprocessing.
+
+    model: [N, 3, S, S] in [0, 1] -> logits, normalisation inside; eval mode, frozen.
+    side: S; None takes pictures as they are.  resize: short side before the centre crop; None squashes to S x S.
+    pad: side to which the purifier's input is padded with black, right and bottom, and cropped back; 0 for none.
+    enlarge: side after the authors' pad-and-resize (SPEC 7); 0 pads a seventh of S each side and goes back to S.
+    """
+
+    name: str
+    model: nn.Module
+    side: int | None = None
+    resize: int | None = None
+    filter: Image.Resampling = BICUBIC
+    pad: int = 0
+    enlarge: int = 0
+
+    def prepare(self, rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """[H, W, 3] -> [S, S, 3]; a picture that already has this size stays as it is."""
+        s = self.side
+        if s is None or rgb.shape[:2] == (s, s):
+            return rgb
+        image = Image.fromarray(rgb)
+        if self.resize is None:
+            return np.asarray(image.resize((s, s), self.filter))
+        scale = self.resize / min(image.size)
+        image = image.resize((round(image.width * scale), round(image.height * scale)), self.filter)
+        left, top = (image.width - s) // 2, (image.height - s) // 2
+        return np.asarray(image.crop((left, top, left + s, top + s)))
+
+    def pad_and_resize(self, images: Tensor) -> Tensor:
+        """The input transformation that the authors' evaluation puts before the classifier, bilinear, no antialias."""
+        side = images.shape[-1]
+        if self.enlarge:
+            return F.interpolate(images, (self.enlarge, self.enlarge), mode="bilinear")
+        return F.interpolate(F.pad(images, [side // 7] * 4), (side, side), mode="bilinear")
+
+
+# The authors' three (SPEC 7): library, name there, weights, short side, crop, filter, padded side, enlarged side.
+AUTHORS: dict[str, tuple[Any, ...]] = {
+    "resnet101_v2": ("torchvision", "resnet101", "IMAGENET1K_V2", 232, 224, BILINEAR, 0, 0),
+    "inceptionv3_v1": ("torchvision", "inception_v3", "IMAGENET1K_V1", 342, 299, BILINEAR, 320, 331),
+    "inceptionresnetv2_v1": ("timm", "inception_resnet_v2.tf_in1k", "tf_in1k", 333, 299, BICUBIC, 320, 331),
+}
+
+
+def load_target(name: str, weights: str | Path | None = None, pretrained: bool = True) -> Target:
+    """A classifier by name: "lite0" (packaged weights), one of AUTHORS, a timm or torchvision name ("timm:NAME" and
+    "torchvision:NAME" where both have it), or an own module "package.module:factory", whose factory returns a module
+    from images in [0, 1] to logits and may give it an attribute ``side``.
+
+    weights: a state dict to load (safetensors, or .pth read as data only) in place of a download.
+    pretrained: False leaves random weights.  Raises InputError, MissingFileError or MissingExtraError.
+    """
+    library, _, inner = name.rpartition(":")
+    if name == "lite0":
+        target = Target(name, Normalised(efficientnet_lite0(), LITE0_MEAN, LITE0_STD), LITE0_SIZE)
+    elif library not in ("", "timm", "torchvision"):
+        target = _own(name)
+    else:
+        pretrained = pretrained and weights is None
+        preset = AUTHORS.get(name)
+        library, inner = preset[:2] if preset else (library, inner)
+        build = _timm if library == "timm" or (not library and _knows_timm(inner)) else _torchvision
+        try:
+            target = build(name, inner, preset[2] if preset else None, pretrained)
+        except (OSError, RuntimeError) as error:  # a download that fails
+            raise MissingFileError(
+                f"The weights of {name} cannot be fetched ({type(error).__name__}: {str(error).splitlines()[0]}); "
+                "give a file of them by --classifier-weights."
+            ) from error
+        if preset:
+            target.resize, target.side, target.filter, target.pad, target.enlarge = preset[3:]
+    if weights is not None:
+        _load_weights(target.model, Path(weights))
+    target.model.eval().requires_grad_(False)
+    return target
+
+
+def _own(name: str) -> Target:
+    module, _, factory = name.rpartition(":")
+    try:
+        model = getattr(import_module(module), factory)()
+    except (ImportError, AttributeError) as error:
+        raise InputError(f"{name}: {error}; wanted package.module:factory that can be imported from here.") from error
+    if not isinstance(model, nn.Module):
+        raise InputError(f"{name} gives a {type(model).__name__}; wanted a torch module from [0, 1] images to logits.")
+    side = getattr(model, "side", None)
+    return Target(name, model, side)
+
+
+def _knows_timm(name: str) -> bool:
+    try:
+        import timm
+    except ImportError:
+        return False
+    return timm.is_model(name)
+
+
+def _timm(name: str, inner: str, tag: str | None, pretrained: bool) -> Target:
+    try:
+        import timm
+        from timm.data import resolve_model_data_config
+    except ImportError as error:
+        raise MissingExtraError(f'{name} needs the extra "timm": pip install "impure-fast[timm]".') from error
+    if not timm.is_model(inner):
+        raise InputError(f"timm knows no model {inner!r}; timm.list_models() names them.")
+    model = timm.create_model(inner, pretrained=pretrained)
+    cfg = resolve_model_data_config(model)
+    side = cfg["input_size"][-1]
+    filter = BICUBIC if cfg["interpolation"] == "bicubic" else BILINEAR
+    return Target(name, Normalised(model, cfg["mean"], cfg["std"]), side, int(side / cfg["crop_pct"]), filter)
+
+
+def _torchvision(name: str, inner: str, tag: str | None, pretrained: bool) -> Target:
+    try:
+        from torchvision.models import get_model, get_model_weights, list_models
+    except ImportError as error:
+        raise MissingExtraError(f"{name} needs torchvision: pip install torchvision.") from error
+    if inner not in list_models():
+        raise InputError(
+            f"There is no classifier {name!r}: it is neither lite0, nor one of {', '.join(AUTHORS)}, nor a name of "
+            "timm or torchvision, nor package.module:factory."
+        )
+    known = get_model_weights(inner)
+    chosen = known[tag] if tag else known.DEFAULT
+    # init_weights=False: torchvision's truncated normals for this one take half a minute.
+    options: dict[str, Any] = {"init_weights": False} if inner == "inception_v3" and not pretrained else {}
+    model = get_model(inner, weights=chosen if pretrained else None, **options)
+    if hasattr(model, "transform_input"):
+        model.transform_input = True  # what its weights were trained with; torchvision sets it only on a download
+    t = chosen.transforms()
+    filter = BICUBIC if t.interpolation.value == "bicubic" else BILINEAR
+    return Target(name, Normalised(model, tuple(t.mean), tuple(t.std)), t.crop_size[0], t.resize_size[0], filter)
+
+
+def _load_weights(model: nn.Module, path: Path) -> None:
+    if not path.is_file():
+        raise MissingFileError(f"{path} does not exist; --classifier-weights wants a state dict.")
+    network = model.network if isinstance(model, Normalised) else model
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state: Any = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        network.load_state_dict(state)
+    except Exception as error:  # torch and safetensors raise many kinds for a foreign file
+        raise InputError(f"{path} does not hold weights of this classifier: {str(error).splitlines()[0]}") from error
+
+
+@dataclass
+class Pictures:
+    """uint8 [n, S, S, 3] as the classifier takes them, labels [n], names; adversarial: the same, from shards."""
+
+    clean: NDArray[np.uint8]
+    labels: Tensor
+    names: list[str]
+    adversarial: NDArray[np.uint8] | None = None
+
+    @property
+    def images(self) -> Tensor:
+        """[n, 3, S, S] float32 in [0, 1]."""
+        return to_float(self.clean)
+
+
+# picture, label, name, adversarial picture
+_Found = list[tuple[NDArray[np.uint8], int, str, "NDArray[np.uint8] | None"]]
+
+
+def load_pictures(path: str | Path, prepare: Callable[[NDArray[np.uint8]], NDArray[np.uint8]], count: int) -> Pictures:
+    """The first ``count`` labelled pictures of a packed npz, of a tar shard or a folder of them (stem.adv.png,
+    stem.clean.jpg, stem.cls), or of a folder with a sub-folder for each class, in an order that is always the same.
+
+    A class folder named by a number or an ImageNet synset (n01440764) has that class; others count in sorted order.
+    A folder's pictures are shuffled with a fixed seed, so that a prefix is no single class.
+    Raises MissingFileError or InputError.
+    """
+    path = Path(path)
+    if path.suffix == ".npz":
+        packed = PackedImages(path)
+        which = [i for i in range(len(packed)) if packed.labels[i] >= 0][:count]
+        found: _Found = [(packed[i], int(packed.labels[i]), str(i), None) for i in which]
+    elif shards := ([path] if path.suffix == ".tar" else sorted(path.glob("*.tar"))):
+        found = _from_shards(shards, count)
+    else:
+        found = _from_folder(path, count)
+    if not found:
+        raise InputError(f"{path} holds no labelled pictures.")
+    rgb, labels, names, adversarial = zip(*found, strict=True)
+    clean = [prepare(picture) for picture in rgb]
+    if len({picture.shape for picture in clean}) > 1:
+        raise InputError(f"{path} holds pictures of several sizes, and this classifier does not say its own.")
+    both = None
+    if all(picture is not None for picture in adversarial):
+        both = np.stack(adversarial)
+        if both.shape != np.stack(clean).shape:
+            raise InputError(f"{path}: adversarial pictures of {both.shape[1:3]} do not fit this classifier.")
+    return Pictures(np.stack(clean), torch.tensor(labels), list(names), both)
+
+
+def _from_shards(shards: Sequence[Path], count: int) -> _Found:
+    found: _Found = []
+    for shard in shards:
+        if not shard.is_file():
+            raise MissingFileError(f"{shard} does not exist.")
+        samples: dict[str, dict[str, bytes]] = {}
+        with tarfile.open(shard) as archive:
+            for member in archive:
+                stem, _, kind = member.name.rpartition("/")[2].partition(".")
+                if file := archive.extractfile(member):
+                    samples.setdefault(stem, {})[kind] = file.read()
+        for stem, parts in samples.items():
+            if not {"adv.png", "clean.jpg", "cls"} <= parts.keys():
+                raise InputError(f"{shard}: {stem} has {sorted(parts)}; wanted adv.png, clean.jpg and cls.")
+            adversarial, clean = (
+                np.asarray(Image.open(io.BytesIO(parts[kind])).convert("RGB")) for kind in ("adv.png", "clean.jpg")
+            )
+            found.append((clean, int(parts["cls"]), stem, adversarial))
+            if len(found) == count:
+                return found
+    return found
+
+
+def _from_folder(path: Path, count: int) -> _Found:
+    if not path.is_dir():
+        raise MissingFileError(f"{path} is no packed npz, no shard and no folder.")
+    files = [(file, rel) for file, rel in find_images([path], recursive=True) if len(rel.parts) > 1]
+    classes = sorted({relative.parts[0] for _, relative in files})
+    if all(name.isdigit() for name in classes):
+        label = {name: int(name) for name in classes}
+    elif all(re.fullmatch(r"n\d{8}", name) for name in classes):
+        try:
+            from timm.data import ImageNetInfo
+        except ImportError as error:
+            raise MissingExtraError('Synset folders need the extra "timm": pip install "impure-fast[timm]".') from error
+        info = ImageNetInfo()
+        label = {synset: index for index in range(1000) if (synset := info.index_to_label_name(index)) in classes}
+    else:
+        label = {name: place for place, name in enumerate(classes)}
+    order = np.random.default_rng(0).permutation(len(files))[:count]
+    chosen = [files[i] for i in order]
+    return [(read_image(file).rgb, label[rel.parts[0]], rel.as_posix(), None) for file, rel in chosen]

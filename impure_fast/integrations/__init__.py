@@ -1,0 +1,1 @@
+"""Purifier and pipeline in the forms that attack libraries and benchmarks expect."""

@@ -1,0 +1,196 @@
+"""Attacks: agreement with the libraries, the authors' variants, and what an attack may not touch."""
+
+import pytest
+import torch
+from torch import nn
+
+from impure_fast.attacks import ATTACKS, attack, expected_gradient, margin, sign_steps
+from impure_fast.errors import InputError
+
+from .conftest import global_generator_untouched, random_images
+
+torchattacks = pytest.importorskip("torchattacks")
+EPS, STEP = 8 / 255, 2 / 255
+NEEDS = {
+    "pgd": dict(steps=3, step_size=STEP),
+    "mifgsm": dict(steps=3, step_size=STEP, decay=1.0),
+    "difgsm": dict(steps=3, step_size=STEP, decay=0.0),
+    "apgd-ce": dict(steps=5),
+    "apgd-dlr": dict(steps=5),
+    "cw": dict(steps=5),
+    "deepfool": dict(steps=5),
+    "square": dict(queries=20),
+    "autoattack": dict(steps=5, queries=20),
+    "eot-pgd": dict(steps=3, step_size=STEP, eot=2),
+    "authors-pgd": dict(steps=3, step_size=STEP),
+    "authors-mifgsm": dict(steps=3, step_size=STEP),
+    "authors-difgsm": dict(steps=3, step_size=STEP, decay=1.0),
+    "authors-cw2": dict(searches=2, steps=5),
+    "authors-deepfool2": dict(step_size=STEP, steps=5),
+}
+
+
+@pytest.fixture(scope="module")
+def model():
+    """Twelve classes, curved enough that no two attacks coincide by accident."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        layers = (nn.Conv2d(3, 8, 3, 2, 1), nn.GELU(), nn.Flatten(), nn.Linear(8 * 64, 12))
+        return nn.Sequential(*layers).eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def data(model):
+    x = (random_images(6, 3, 16, 16) * 255).round() / 255
+    return x, model(x).argmax(dim=1)
+
+
+def run(name, model, data, **changes):
+    return attack(name, model, *data, **{"eps": EPS, "seed": 3, **NEEDS.get(name, {}), **changes})
+
+
+@pytest.mark.parametrize(
+    ("name", "direct"),
+    [
+        ("fgsm", lambda m: torchattacks.FGSM(m, eps=EPS)),
+        ("pgd", lambda m: torchattacks.PGD(m, eps=EPS, alpha=STEP, steps=3)),
+        ("apgd-ce", lambda m: torchattacks.APGD(m, eps=EPS, steps=5, loss="ce", seed=3)),
+        ("apgd-dlr", lambda m: torchattacks.APGD(m, eps=EPS, steps=5, loss="dlr", seed=3)),
+    ],
+)
+def test_agrees_with_a_direct_call_of_the_library(name, direct, model, data):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        wanted = direct(model)(*data)
+    assert not torch.equal(wanted, data[0])
+    torch.testing.assert_close(run(name, model, data), (wanted * 255).round() / 255, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "direct"),
+    [
+        ({}, lambda m: torchattacks.PGD(m, eps=EPS, alpha=STEP, steps=3)),
+        (dict(start="image"), lambda m: torchattacks.PGD(m, eps=EPS, alpha=STEP, steps=3, random_start=False)),
+        (dict(start="image", decay=1.0), lambda m: torchattacks.MIFGSM(m, eps=EPS, alpha=STEP, steps=3, decay=1.0)),
+        (
+            dict(decay=0.5, diversity=True),
+            lambda m: torchattacks.DIFGSM(
+                m, eps=EPS, alpha=STEP, steps=3, decay=0.5, resize_rate=0.9, diversity_prob=0.5, random_start=True
+            ),
+        ),
+        (dict(eot=3), lambda m: torchattacks.EOTPGD(m, eps=EPS, alpha=STEP, steps=3, eot_iter=3)),
+    ],
+)
+def test_own_steps_are_the_library_s_where_it_has_them(options, direct, model, data):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        wanted = direct(model)(*data)
+        torch.manual_seed(0)
+        found = sign_steps(model, *data, EPS, steps=3, step_size=STEP, **options)
+    torch.testing.assert_close(found, wanted, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("name", sorted(ATTACKS))
+def test_every_attack_repeats_itself_and_touches_nothing(name, model, data):
+    model[0].train()
+    try:
+        with global_generator_untouched():
+            first = run(name, model, data)
+        assert model[0].training and not model.training
+    finally:
+        model.eval()
+    assert torch.equal(first, run(name, model, data))
+    levels = first * 255
+    torch.testing.assert_close(levels, levels.round(), atol=1e-4, rtol=0)
+    assert first.min() >= 0 and first.max() <= 1
+    if name != "authors-cw2":  # theirs leaves the ball
+        assert ((first - data[0]).abs() * 255).max() <= 8.001
+
+
+def test_authors_take_their_first_gradient_at_the_image(model, data):
+    x, y = data
+    _, gradient = expected_gradient(model, x, y)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        start = (x + torch.empty_like(x).uniform_(-EPS, EPS)).clamp(0, 1) - x
+    wanted = (x + (start + STEP * gradient.sign()).clamp(-EPS, EPS)).clamp(0, 1)
+    found = run("authors-pgd", model, data, steps=1)
+    torch.testing.assert_close(found, (wanted * 255).round() / 255, atol=1e-6, rtol=0)
+    assert not torch.equal(found, run("pgd", model, data, steps=1))
+
+
+def test_cw2_of_one_image_is_as_near_as_foolbox_s(model, data):
+    """For a single image the authors' slips vanish, and without a bound their objective is Carlini and Wagner's."""
+    foolbox = pytest.importorskip("foolbox")
+    x, y = data[0][:1], data[1][:1]
+    options = dict(binary_search_steps=4, steps=60, stepsize=0.01, confidence=0, initial_const=1, abort_early=False)
+    direct = foolbox.attacks.L2CarliniWagnerAttack(**options)
+    _, theirs, fooled = direct(foolbox.PyTorchModel(model, bounds=(0, 1)), x, y, epsilons=None)
+    ours = ATTACKS["authors-cw2"](model, x, y, 1.0, 0, searches=4, steps=60, confidence=0.0, constant=1.0)
+    assert fooled.item() and model(ours).argmax() != y
+    assert (ours - x).norm() == pytest.approx(float((theirs - x).norm()), rel=0.2)
+
+
+def test_cw2_gives_the_clean_image_back_where_it_fails(model, data):
+    assert torch.equal(run("authors-cw2", model, data, confidence=1e6), data[0])
+
+
+def test_deepfool2_fools_what_foolbox_s_fools(model, data):
+    foolbox = pytest.importorskip("foolbox")
+    wrapped = foolbox.PyTorchModel(model, bounds=(0, 1))
+    _, _, theirs = foolbox.attacks.LinfDeepFoolAttack(steps=50)(wrapped, *data, epsilons=[16 / 255])
+    options = dict(step_size=STEP, steps=50, eps=16 / 255)
+    ours = model(run("authors-deepfool2", model, data, **options)).argmax(dim=1) != data[1]
+    assert ours.all() and theirs.all()
+    wrong = (data[0], (data[1] + 1) % 12)
+    assert torch.equal(run("authors-deepfool2", model, wrong, **options), data[0])
+
+
+def test_averaging_helps_against_noise(data):
+    """A gradient drowned in noise of its own: EOT finds its sign, one call does not."""
+    weights = torch.linspace(-1, 1, 768)
+    x, y = data[0], torch.zeros(6, dtype=torch.int64)
+
+    class Noisy(nn.Module):
+        def forward(self, x):
+            noise = 3 * torch.randn(len(x), 768)
+            return torch.stack((-(x.flatten(1) * (weights + noise)).sum(dim=1), torch.zeros(len(x))), dim=1)
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        agree = [
+            (expected_gradient(Noisy(), x, y, "margin", n)[1].flatten(1).sign() == weights.sign()) for n in (1, 64)
+        ]
+    assert agree[0].float().mean() < 0.7 < 0.85 < agree[1].float().mean()
+
+
+def test_a_detached_model_has_a_zero_gradient_and_leaves_the_image(model, data):
+    def detached(images):
+        return model(images.detach())
+
+    _, gradient = expected_gradient(detached, *data)
+    assert not gradient.any()
+    found = sign_steps(detached, *data, EPS, steps=2, step_size=STEP, start="image", decay=1.0)
+    assert torch.equal(found, data[0])
+
+
+def test_margin_is_positive_where_the_decision_is_wrong():
+    logits = torch.tensor([[3.0, 1.0, 0.0], [1.0, 3.0, 0.0]])
+    assert margin(logits, torch.tensor([0, 0])).tolist() == [-2, 2]
+
+
+def test_autoattack_is_at_least_as_strong_as_its_first_part(model, data):
+    x, y = data
+    whole, part = (model(run(name, model, data)).argmax(dim=1) == y for name in ("autoattack", "apgd-ce"))
+    assert whole.sum() <= part.sum()
+    rand = run("autoattack", model, data, version="rand", eot=2)
+    assert (rand != x).flatten(1).any(dim=1).all()  # an image that was never fooled is attacked all the same
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "says"),
+    [("pdg", {}, "no attack 'pdg'; choose one of fgsm, pgd"), ("fgsm", dict(steps=3), r"'fgsm' does not take.*steps")],
+)
+def test_unknown_attacks_and_parameters_are_named(name, parameters, says, model, data):
+    with pytest.raises(InputError, match=says):
+        attack(name, model, *data, eps=EPS, seed=0, **parameters)
