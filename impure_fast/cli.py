@@ -456,6 +456,8 @@ def train(
     batch: Annotated[int | None, typer.Option(min=1, help="Pictures a step.")] = None,
     lr: Annotated[float | None, typer.Option(help="Highest learning rate.")] = None,
     seed: Annotated[int | None, typer.Option(min=0)] = None,
+    memory: Annotated[str | None, typer.Option(help="Kept for backward: all, default, tight or minimal.")] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Show what a step holds in memory, and train nothing.")] = False,
     device: Annotated[str, typer.Option(help="As torch names it.")] = "cpu",
 ) -> None:
     """Train a purifier against attacks on EfficientNet-Lite0; Ctrl-C saves, the same command goes on.
@@ -465,10 +467,17 @@ def train(
     from .classifiers import LITE0_MEAN, LITE0_STD, Normalised, efficientnet_lite0
     from .training import loop
 
-    given = dict(model=model, init=init, steps=steps, batch=batch, lr=lr, seed=seed)
+    given = dict(model=model, init=init, steps=steps, batch=batch, lr=lr, seed=seed, memory=memory)
     settings = loop.TrainConfig.from_file(config, **{k: v for k, v in given.items() if v is not None})
     _check_device(device)
     classifier = Normalised(efficientnet_lite0(), LITE0_MEAN, LITE0_STD)
+    if plan:
+        from rich.console import Console
+
+        from .training.plan import plan as planned
+
+        Console(highlight=False).print(*planned(*loop.networks(settings, classifier, device), settings).tables())
+        return
     with _progress("{task.fields[note]}") as progress:
         tasks: dict[str, Any] = {}
 

@@ -24,18 +24,22 @@ from impure_fast.classifiers import Normalised
 from impure_fast.draws import MixDraws
 from impure_fast.errors import CheckpointError, ConfigError, InputError, MissingFileError
 from impure_fast.images import PackedImages
+from impure_fast.memory import POLICIES, kept_by
 from impure_fast.ops.patch_mix import mix_mask, patch_mix
 from impure_fast.training.data import adversarial_pairs, batches
 from impure_fast.training.loop import (
     Guide,
     TrainConfig,
+    draw,
     from_tiles,
     learning_rate,
+    networks,
     parameter_groups,
     step_losses,
     to_tiles,
     train,
 )
+from impure_fast.training.plan import blocks_of, count_kept, plan
 
 TOY = IMPureConfig(
     image_size=8,
@@ -94,13 +98,17 @@ def weights(folder):
     return torch.load(folder / "checkpoint.pt", weights_only=True)["model"]
 
 
-def test_a_run_stopped_by_sigterm_goes_on_to_the_same_weights(settings, packed, classifier, tmp_path):
-    def stop_at_three(phase, done, total, figures):
-        if phase == "train" and done == 3:
+def terminate_at(step):
+    def progress(phase, done, total, figures):
+        if phase == "train" and done == step:
             os.kill(os.getpid(), signal.SIGTERM)
 
+    return progress
+
+
+def test_a_run_stopped_by_sigterm_goes_on_to_the_same_weights(settings, packed, classifier, tmp_path):
     assert train(settings, packed, tmp_path / "whole", classifier)
-    assert not train(settings, packed, tmp_path / "cut", classifier, progress=stop_at_three)
+    assert not train(settings, packed, tmp_path / "cut", classifier, progress=terminate_at(3))
     assert train(settings, packed, tmp_path / "cut", classifier)
     whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
@@ -235,11 +243,48 @@ def test_loss_terms_depend_on_the_mixing_switch(settings, classifier):
     model = IMPure(TOY)
     guide = Guide(classifier, ["network.0", "network.4"])
     images, clean = torch.rand(2, 2, 3, 32, 32)
-    mixed = step_losses(model, settings, guide, images, clean, 0)
-    alone = step_losses(model, dataclasses.replace(settings, mix_chunks=0), guide, images, clean, 0)
+    mixed, alone = (
+        step_losses(model, config, guide, images, clean, *draw(config, TOY, 2, 0))
+        for config in (settings, dataclasses.replace(settings, mix_chunks=0))
+    )
     assert list(mixed) == ["pix", "hgd0_loss", "hgd1_loss"]
     assert mixed["pix"] == alone["pix"]
     assert mixed["hgd0_loss"] != alone["hgd0_loss"]
+
+
+@pytest.mark.parametrize("memory", sorted(POLICIES))
+def test_the_plan_says_what_a_step_keeps(settings, memory):
+    config = dataclasses.replace(settings, memory=memory, ema=0.9)
+    model, guide = networks(config, toy_classifier())
+    ledger = plan(model, guide, config)
+    assert model.kept == kept_by(memory)
+    sizes = [4 * p.numel() for p in model.parameters()]
+    assert ledger.fixed["gradients"] == ledger.fixed["running average"] == ledger.fixed["optimiser"] / 2 == sum(sizes)
+
+    images, clean = torch.rand(2, config.batch, 3, config.crop, config.crop)
+    owned = [t for m in (model, guide.network) for t in (*m.parameters(), *m.buffers())]
+    with count_kept({**blocks_of(model), "guide": guide.network}, [*owned, images, clean]) as measured:
+        step_losses(model, config, guide, images, clean, *draw(config, TOY, config.batch, 0))
+    assert ledger.activations[memory] == pytest.approx(measured, rel=0.01)  # fake norms keep bf16 statistics
+    assert min(measured.values()) > 0
+
+
+def test_a_run_goes_on_under_another_memory_policy_to_the_same_weights(settings, packed, classifier, tmp_path):
+    train(settings, packed, tmp_path / "whole", classifier)
+    for memory, stop in (("all", 3), ("minimal", None)):
+        config = dataclasses.replace(settings, memory=memory)
+        train(config, packed, tmp_path / "cut", classifier, progress=terminate_at(stop))
+    whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+def test_a_config_without_newer_fields_still_resumes(settings, packed, classifier, tmp_path):
+    train(settings, packed, tmp_path / "run", classifier, progress=terminate_at(3))
+    stored = tmp_path / "run" / "config.json"
+    fields = json.loads(stored.read_text())
+    del fields["memory"], fields["ema"]
+    stored.write_text(json.dumps(fields))
+    assert train(settings, packed, tmp_path / "run", classifier)
 
 
 def test_mixing_shows_about_one_chunk_of_the_input():

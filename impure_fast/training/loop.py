@@ -27,6 +27,7 @@ from ..config import PRESETS, IMPureConfig
 from ..draws import Draws, MixDraws
 from ..errors import CheckpointError, ConfigError, Error
 from ..images import write_atomically
+from ..memory import kept_by
 from ..model import IMPure
 from .data import PackedImages, Pairs, adversarial_pairs, batches
 from .losses import guided_loss, pixel_loss
@@ -48,6 +49,7 @@ class TrainConfig:
     ema: decay of the weights' running average, which is then what the run gives; 0 gives the last weights.
     guide_nodes, guide_weights: nodes of EfficientNet-Lite0 and the weights of their L1 terms.
     mix_chunks: at most this many chunks in patch mixing (SPEC section 5); 0 shows the guide no input patches.
+    memory: what is kept for backward: all, default, tight or minimal; changes no result, and may change in a run.
     """
 
     model: str = "impure_tiny"
@@ -71,6 +73,7 @@ class TrainConfig:
     mix_chunks: int = 4
     seed: int = 0
     save_every: int = 200
+    memory: str = "default"
 
     def __post_init__(self) -> None:
         tile = self.model_config.tile_size
@@ -82,6 +85,7 @@ class TrainConfig:
             raise ConfigError(f"mix_chunks={self.mix_chunks}: must be 0 or at least 2.")
         if not 0 <= self.ema < 1:
             raise ConfigError(f"ema={self.ema}: must be in [0, 1).")
+        kept_by(self.memory)
 
     @classmethod
     def from_file(cls, path: str | Path | None, **changes: Any) -> TrainConfig:
@@ -133,6 +137,17 @@ class Guide:
         return {node: self._features.pop(node) for node in self.nodes}
 
 
+def networks(config: TrainConfig, classifier: nn.Module, device: str = "cpu") -> tuple[IMPure, Guide]:
+    """The purifier as the run begins with it, and ``classifier`` as its guide."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        model = IMPure(config.model_config)
+    if config.init is not None:
+        load_state(model, read_safetensors(config.init)[1], config.init)
+    model.kept = kept_by(config.memory)
+    return model.to(device).train(), Guide(classifier.to(device), [f"network.{node}" for node in config.guide_nodes])
+
+
 def learning_rate(config: TrainConfig, step: int) -> float:
     """Linear warm-up, then cosine to zero."""
     if step < config.warmup:
@@ -161,31 +176,34 @@ def from_tiles(tiles: Tensor, pictures: int, side: int) -> Tensor:
     return F.fold(columns, side, tiles.shape[-1], stride=tiles.shape[-1])
 
 
+def draw(
+    config: TrainConfig, network: IMPureConfig, n: int, step: int, first: int = 0, device: torch.device | str = "cpu"
+) -> tuple[Draws, list[MixDraws] | None]:
+    """The randomness of a batch of n pictures, or of the share of it that begins with picture ``first``."""
+    seed, count = config.seed << 32 | step, (config.crop // network.tile_size) ** 2
+    shape = (n * count, 3, network.tile_size, network.tile_size)
+    streams = torch.arange(n * count) + first * count
+    draws = Draws.sample(network, shape, seed, streams, training=True, device=device)
+    if not config.mix_chunks:
+        return draws, None
+    tokens = (config.crop // network.patch_size) ** 2
+    return draws, [MixDraws.sample(tokens, n, seed, torch.arange(n) + first, config.mix_chunks, device=device)]
+
+
 def step_losses(
     model: IMPure,
     config: TrainConfig,
     guide: Callable[[Tensor], dict[str, Tensor]],
     images: Tensor,
     clean: Tensor,
-    step: int,
-    first: int = 0,
+    draws: Draws,
+    mixing: list[MixDraws] | None,
 ) -> dict[str, Tensor]:
-    """Loss terms of a batch, or of the share of it that begins with picture ``first``.
-
-    images, clean: [n, 3, crop, crop] in [0, 1].
-    """
+    """Loss terms of pictures.  images, clean: [n, 3, crop, crop] in [0, 1]; draws, mixing: from ``draw``."""
     tiles = to_tiles(images, model.config.tile_size)
-    seed, n, device = config.seed << 32 | step, len(images), images.device
-    streams = torch.arange(len(tiles)) + first * (len(tiles) // n)
-    draws = Draws.sample(model.config, tiles.shape, seed, streams, training=True, device=device)
-    with torch.autocast(device.type, torch.bfloat16):
+    with torch.autocast(images.device.type, torch.bfloat16):
         prediction, _ = model.reconstruct(tiles, draws)
-    prediction = from_tiles(prediction.float(), n, config.crop)
-    mixing = None
-    if config.mix_chunks:
-        tokens = (config.crop // model.config.patch_size) ** 2
-        streams = torch.arange(n) + first
-        mixing = [MixDraws.sample(tokens, n, seed, streams, config.mix_chunks, device=device)]
+    prediction = from_tiles(prediction.float(), len(images), config.crop)
     terms = {"pix": config.pixel_weight * pixel_loss(model, prediction, images, clean)}
     return terms | guided_loss(model, prediction, images, clean, [guide], [config.guide_weights], mixing)
 
@@ -226,9 +244,8 @@ def train(
     rank, world = _processes()
     if config.batch % world:
         raise ConfigError(f"batch={config.batch}: must be a multiple of the {world} processes.")
-    settings = json.loads(json.dumps(asdict(config)))
     stored = output / "config.json"
-    if stored.exists() and json.loads(stored.read_text()) != settings:
+    if stored.exists() and TrainConfig.from_file(stored, memory=config.memory) != config:
         raise ConfigError(f"{output} holds a run of another config; choose another folder or repeat its options.")
 
     images = PackedImages(data)
@@ -236,19 +253,13 @@ def train(
         raise ConfigError(f"held_out={config.held_out}: {data} has only {len(images)} pictures.")
     images.labels = images.labels[: len(images) - config.held_out]
     if rank == 0:
-        write_atomically(stored, lambda path: Path(path).write_text(json.dumps(settings, indent=2) + "\n"))
+        write_atomically(stored, lambda path: Path(path).write_text(json.dumps(asdict(config), indent=2) + "\n"))
         _pairs(config, images, classifier, output, progress)
     if world > 1:
         dist.barrier()
     pairs = _pairs(config, images, classifier, output, progress)
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        model = IMPure(config.model_config)
-    if config.init is not None:
-        load_state(model, read_safetensors(config.init)[1], config.init)
-    model.to(device).train()
-    guide = Guide(classifier.to(device), [f"network.{node}" for node in config.guide_nodes])
+    model, guide = networks(config, classifier, device)
     optimiser = torch.optim.AdamW(parameter_groups(model, config.weight_decay), lr=config.lr, betas=(0.9, 0.95))
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema)) if config.ema else None
     start = _restore(output / "checkpoint.pt", model, optimiser, average)
@@ -280,7 +291,8 @@ def train(
             for group in optimiser.param_groups:
                 group["lr"] = learning_rate(config, step)
             dirty, clean = (x[mine].to(device) for x in next(source))
-            terms = step_losses(model, config, guide, dirty, clean, step, rank * share)
+            draws = draw(config, model.config, share, step, rank * share, device)
+            terms = step_losses(model, config, guide, dirty, clean, *draws)
             loss = torch.stack(list(terms.values())).sum()
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
