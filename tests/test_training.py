@@ -27,8 +27,8 @@ from impure_fast.images import PackedImages
 from impure_fast.memory import POLICIES, kept_by
 from impure_fast.ops.patch_mix import mix_mask, patch_mix
 from impure_fast.training.data import adversarial_pairs, batches
+from impure_fast.training.guide import Guide
 from impure_fast.training.loop import (
-    Guide,
     TrainConfig,
     draw,
     from_tiles,
@@ -172,11 +172,60 @@ def test_a_guide_node_that_does_not_exist_is_named(classifier):
         Guide(classifier, ["network.9"])
 
 
-def test_guide_features_are_the_modules_outputs(classifier):
+class Normed(nn.Module):
+    """Convolutions with batch norms that have seen data, an activation in place, and a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1, self.act = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(inplace=True)
+        self.conv2, self.bn2, self.head = nn.Conv2d(8, 8, 3, 2), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1)
+        self.unused, self.heads = nn.Identity(), 0
+
+    def forward(self, x):
+        x = self.bn2(self.conv2(self.act(self.bn1(self.conv1(x)))))
+        self.heads += 1
+        return self.head(x)
+
+
+@pytest.fixture
+def normed():
+    torch.manual_seed(0)
+    network = Normed()
+    for _ in range(3):
+        network(torch.rand(4, 3, 20, 20))
+    return network.eval()
+
+
+def test_guide_features_are_the_modules_outputs(normed):
     x = torch.rand(2, 3, 16, 16)
-    features = Guide(classifier, ["network.0", "network.4"])(x)
-    assert list(features) == ["network.0", "network.4"]
-    torch.testing.assert_close(features["network.4"], classifier(x))
+    features = Guide(normed, ["bn2", "conv1", "bn1"])(x)
+    assert list(features) == ["bn2", "conv1", "bn1"]
+    torch.testing.assert_close(features["conv1"], normed.conv1(x))
+    torch.testing.assert_close(features["bn1"], first := normed.bn1(normed.conv1(x)))
+    torch.testing.assert_close(features["bn2"], normed.bn2(normed.conv2(normed.act(first))))
+
+
+def test_a_guide_leaves_after_its_last_node(normed):
+    guide = Guide(normed, ["act", "bn1"])
+    before = guide.network.heads
+    guide(torch.rand(1, 3, 16, 16))
+    assert guide.network.heads == before
+    assert list(normed.state_dict()) != list(guide.network.state_dict())  # the caller's network is left alone
+
+
+def test_a_folded_guide_keeps_less_for_backward(normed):
+    x = torch.rand(2, 3, 64, 64, requires_grad=True)
+    kept = []
+    for network in (Guide(normed, ["bn2"]), normed.requires_grad_(False)):
+        with count_kept({}, [*normed.parameters(), *normed.buffers(), x]) as counted:
+            network(x)
+        kept.append(sum(counted.values()))
+    assert kept[0] < 0.6 * kept[1]
+
+
+def test_a_guide_node_that_is_never_called_is_named(normed):
+    with pytest.raises(ConfigError, match=r"\['unused'\] are never called"):
+        Guide(normed, ["bn1", "unused"])(torch.rand(1, 3, 16, 16))
 
 
 def test_pairs_change_pixels_and_stay_within_eps(packed, classifier, tmp_path):

@@ -11,7 +11,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from ..images import write_atomically
 from ..memory import kept_by
 from ..model import IMPure
 from .data import PackedImages, Pairs, adversarial_pairs, batches
+from .guide import Guide
 from .losses import guided_loss, pixel_loss
 
 Progress = Callable[[str, int, int, dict[str, float]], None]
@@ -108,33 +109,6 @@ class TrainConfig:
         if self.model not in PRESETS:
             raise ConfigError(f"model={self.model!r}: known presets are {sorted(PRESETS)}.")
         return PRESETS[self.model]
-
-
-class Guide:
-    """A frozen network as guide: images in [0, 1] -> {node: features}, in the order of ``nodes``.
-
-    network: takes [0, 1] images (``classifiers.Normalised``); nodes: dotted names of its modules.
-    Hooks, because timm's padding layers cannot be traced into a shorter network.
-    """
-
-    def __init__(self, network: nn.Module, nodes: Sequence[str]) -> None:
-        self.network, self.nodes = network, tuple(nodes)
-        self._features: dict[str, Tensor] = {}
-        modules = dict(network.named_modules())
-        if missing := [node for node in nodes if node not in modules]:
-            raise ConfigError(f"guide_nodes {missing} are no modules of the guide network.")
-        for node in nodes:
-            modules[node].register_forward_hook(self._keep(node))
-
-    def _keep(self, node: str) -> Callable[[nn.Module, Any, Tensor], None]:
-        def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
-            self._features[node] = output
-
-        return hook
-
-    def __call__(self, images: Tensor) -> dict[str, Tensor]:
-        self.network(images)
-        return {node: self._features.pop(node) for node in self.nodes}
 
 
 def networks(config: TrainConfig, classifier: nn.Module, device: str = "cpu") -> tuple[IMPure, Guide]:

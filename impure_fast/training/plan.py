@@ -17,7 +17,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from ..memory import POLICIES, kept_by
 from ..model import IMPure
-from .loop import Guide, TrainConfig, draw, step_losses
+from .guide import Guide
+from .loop import TrainConfig, draw, step_losses
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -47,7 +48,7 @@ def count_kept(parts: Mapping[str, nn.Module], owned: Iterable[Tensor]) -> Itera
     hooks = []
     for name, module in parts.items():
         hooks.append(module.register_forward_pre_hook(lambda *_, name=name: inside.append(name)))
-        hooks.append(module.register_forward_hook(leave))
+        hooks.append(module.register_forward_hook(leave, always_call=True))  # a guide leaves by an exception
     try:
         with saved_tensors_hooks(pack, lambda x: x):
             yield bytes_of
