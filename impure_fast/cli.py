@@ -482,7 +482,7 @@ def train(
         tasks: dict[str, Any] = {}
 
         def show(phase: str, done: int, total: int, figures: dict[str, float]) -> None:
-            note = f"loss {figures['loss']:.4f}" if "loss" in figures else ""
+            note = "loss {loss:.4f}, {pictures_per_second:.2f} images/s".format(**figures) if figures else ""
             if phase not in tasks:  # a resumed phase starts where it stands, so that its pace is right
                 tasks[phase] = progress.add_task(phase, total=total, completed=done, note=note)
             progress.update(tasks[phase], completed=done, note=note)

@@ -372,7 +372,7 @@ def training(monkeypatch):
     def train(config, data, output, classifier, progress, device):
         calls.append((config, data, output, device))
         progress("pairs", 1, 2, {})
-        progress("train", 1, config.steps, {"loss": 0.5})
+        progress("train", 1, config.steps, {"loss": 0.5, "pictures_per_second": 3.0})
         return config.steps == 7
 
     monkeypatch.setattr(loop, "train", train)
@@ -414,7 +414,7 @@ def test_interrupted_training_tells_how_to_go_on(tmp_path, run, training, monkey
     monkeypatch.setenv("FORCE_COLOR", "1")
     code, text, errors = run("train", "--data", "d.npz", "--output", tmp_path, "--steps", 8)
     assert (code, text) == (0, f"interrupted and saved in {tmp_path}; the same command goes on from there.\n")
-    assert "loss 0.5000" in errors
+    assert "loss 0.5000, 3.00 images/s" in errors
 
 
 def test_train_refuses(tmp_path, run, training):

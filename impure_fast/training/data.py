@@ -81,8 +81,10 @@ def adversarial_pairs(
 
 def batches(
     pairs: Pairs, *, batch: int, crop: int, seed: int, adversarial: float, noisy: float, start: int = 0
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless (input, clean) batches, float [batch, 3, crop, crop]; step ``start`` on is a function of the seed.
+) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    """Endless batches (places of the pairs, inputs, clean pictures), the latter float [batch, 3, crop, crop].
+
+    Step ``start`` on is a function of the seed.
 
     Of the inputs a share ``adversarial`` carries its perturbation, scaled by 0.4 to 1.1, a share ``noisy``
     sign noise of 2 to 14/255, and the rest nothing.  Crops are random, the same for both.
@@ -111,5 +113,5 @@ def batches(
         x, y = (
             torch.from_numpy(np.stack(a).astype(np.float32)).permute(0, 3, 1, 2).contiguous() for a in (inputs, cleans)
         )
-        yield x, y
+        yield which.tolist(), x, y
         step += 1

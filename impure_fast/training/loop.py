@@ -47,6 +47,8 @@ class TrainConfig:
         pictures of the data are never used.
     adversarial, noisy: shares of the inputs with a perturbation and with sign noise; the others are clean.
     lr, warmup, weight_decay, clip: AdamW (0.9, 0.95), linear warm-up steps, then cosine to 0.
+    accumulate: parts that a process takes one after the other for one step; same result in less memory.
+    precision: bf16 (autocast) or fp32.
     ema: decay of the weights' running average, which is then what the run gives; 0 gives the last weights.
     guide_nodes, guide_weights: nodes of EfficientNet-Lite0 and the weights of their L1 terms.
     mix_chunks: at most this many chunks in patch mixing (SPEC section 5); 0 shows the guide no input patches.
@@ -75,6 +77,8 @@ class TrainConfig:
     seed: int = 0
     save_every: int = 200
     memory: str = "default"
+    accumulate: int = 1
+    precision: str = "bf16"
 
     def __post_init__(self) -> None:
         tile = self.model_config.tile_size
@@ -86,6 +90,10 @@ class TrainConfig:
             raise ConfigError(f"mix_chunks={self.mix_chunks}: must be 0 or at least 2.")
         if not 0 <= self.ema < 1:
             raise ConfigError(f"ema={self.ema}: must be in [0, 1).")
+        if self.accumulate < 1 or self.batch % self.accumulate:
+            raise ConfigError(f"accumulate={self.accumulate}: must divide batch={self.batch}.")
+        if self.precision not in ("bf16", "fp32"):
+            raise ConfigError(f"precision={self.precision!r}: must be bf16 or fp32.")
         kept_by(self.memory)
 
     @classmethod
@@ -175,11 +183,30 @@ def step_losses(
 ) -> dict[str, Tensor]:
     """Loss terms of pictures.  images, clean: [n, 3, crop, crop] in [0, 1]; draws, mixing: from ``draw``."""
     tiles = to_tiles(images, model.config.tile_size)
-    with torch.autocast(images.device.type, torch.bfloat16):
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
         prediction, _ = model.reconstruct(tiles, draws)
     prediction = from_tiles(prediction.float(), len(images), config.crop)
     terms = {"pix": config.pixel_weight * pixel_loss(model, prediction, images, clean)}
     return terms | guided_loss(model, prediction, images, clean, [guide], [config.guide_weights], mixing)
+
+
+def gradients(
+    model: IMPure, config: TrainConfig, guide: Guide, batch: tuple[Tensor, Tensor], step: int, first: int = 0
+) -> dict[str, Tensor]:
+    """Add the gradients of a batch, or of the share that begins with picture ``first``; returns its mean terms.
+
+    batch: inputs and clean pictures, [n, 3, crop, crop] each.
+    """
+    sums: dict[str, Tensor] = {}
+    size = len(batch[0]) // config.accumulate
+    for part in range(config.accumulate):
+        images, clean = (x[part * size : (part + 1) * size] for x in batch)
+        draws, mixing = draw(config, model.config, size, step, first + part * size, images.device)
+        terms = step_losses(model, config, guide, images, clean, draws, mixing)
+        (torch.stack(list(terms.values())).sum() / config.accumulate).backward()
+        for name, value in terms.items():
+            sums[name] = sums.get(name, 0) + value.detach() / config.accumulate
+    return sums
 
 
 class _Stop:
@@ -214,90 +241,56 @@ def train(
     Raises Error where the loss is not finite or ``output`` holds a run of another config.
     """
     output = Path(output)
-    output.mkdir(parents=True, exist_ok=True)
-    rank, world = _processes()
-    if config.batch % world:
-        raise ConfigError(f"batch={config.batch}: must be a multiple of the {world} processes.")
-    stored = output / "config.json"
-    if stored.exists() and TrainConfig.from_file(stored, memory=config.memory) != config:
-        raise ConfigError(f"{output} holds a run of another config; choose another folder or repeat its options.")
-
-    images = PackedImages(data)
-    if len(images) <= config.held_out:
-        raise ConfigError(f"held_out={config.held_out}: {data} has only {len(images)} pictures.")
-    images.labels = images.labels[: len(images) - config.held_out]
-    if rank == 0:
-        write_atomically(stored, lambda path: Path(path).write_text(json.dumps(asdict(config), indent=2) + "\n"))
-        _pairs(config, images, classifier, output, progress)
-    if world > 1:
-        dist.barrier()
-    pairs = _pairs(config, images, classifier, output, progress)
-
+    rank, world, device = _processes(device)
+    if config.batch % (world * config.accumulate):
+        raise ConfigError(f"batch={config.batch}: must be a multiple of {world} processes x accumulate.")
+    pairs = _prepare(config, data, output, classifier, progress, rank)
     model, guide = networks(config, classifier, device)
     optimiser = torch.optim.AdamW(parameter_groups(model, config.weight_decay), lr=config.lr, betas=(0.9, 0.95))
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema)) if config.ema else None
     start = _restore(output / "checkpoint.pt", model, optimiser, average)
     log = _Log(output / "log.jsonl", start) if rank == 0 else None
-
-    def save(step: int) -> None:
-        state = {"step": step, "model": model.state_dict(), "optimizer": optimiser.state_dict()}
-        given: nn.Module = model
-        if average is not None:
-            state["average"], given = average.state_dict(), average.module
-        write_atomically(output / "checkpoint.pt", lambda path: torch.save(state, path))
-        save_safetensors(output / "model.safetensors", given.state_dict(), model.config, torch.float16)
-        plot_curves(output / "log.jsonl", output / "curves.png")
-
-    share = config.batch // world
-    mine = slice(rank * share, (rank + 1) * share)
+    first = rank * (config.batch // world)
+    mine = slice(first, first + config.batch // world)
+    shares = {name: getattr(config, name) for name in ("batch", "crop", "seed", "adversarial", "noisy")}
     with _Stop() as stop:
-        source = batches(
-            pairs,
-            batch=config.batch,
-            crop=config.crop,
-            seed=config.seed,
-            adversarial=config.adversarial,
-            noisy=config.noisy,
-            start=start,
-        )
+        source = batches(pairs, **shares, start=start)
         for step in range(start, config.steps):
-            began = time.perf_counter()
+            began, rate = time.perf_counter(), learning_rate(config, step)
             for group in optimiser.param_groups:
-                group["lr"] = learning_rate(config, step)
-            dirty, clean = (x[mine].to(device) for x in next(source))
-            draws = draw(config, model.config, share, step, rank * share, device)
-            terms = step_losses(model, config, guide, dirty, clean, *draws)
-            loss = torch.stack(list(terms.values())).sum()
+                group["lr"] = rate
+            keys, dirty, clean = next(source)
             optimiser.zero_grad(set_to_none=True)
-            loss.backward()
+            terms = gradients(model, config, guide, (dirty[mine].to(device), clean[mine].to(device)), step, first)
             stopping = _share(model, terms, stop.wanted, world)
             figures = {name: value.item() for name, value in terms.items()}
             figures["loss"] = sum(figures.values())
             if not math.isfinite(figures["loss"]):
-                raise Error(f"The loss is {figures['loss']} at step {step}: {figures}.")
-            norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+                raise Error(f"The loss is {figures['loss']} at step {step}, pairs {keys}: {figures}.")
+            figures["grad_norm"] = nn.utils.clip_grad_norm_(model.parameters(), config.clip).item()
             optimiser.step()
             if average is not None:
                 average.update_parameters(model)
-            figures |= {"grad_norm": norm.item(), "lr": learning_rate(config, step)}
-            figures["pictures_per_second"] = config.batch / (time.perf_counter() - began)
+            figures |= {"lr": rate, "pictures_per_second": config.batch / (time.perf_counter() - began)}
             if log is not None:
                 log.write(step, figures)
                 progress("train", step + 1, config.steps, figures)
                 if stopping or (step + 1) % config.save_every == 0 or step + 1 == config.steps:
-                    save(step + 1)
+                    _save(output, step + 1, model, optimiser, average)
             if stopping:
                 return False
     return True
 
 
-def _processes() -> tuple[int, int]:
-    """(rank, number of processes); joins the group that torchrun describes."""
+def _processes(device: str) -> tuple[int, int, str]:
+    """(rank, number of processes, this one's device); joins the group that torchrun describes."""
     if "RANK" not in os.environ:
-        return 0, 1
+        return 0, 1, device
     if not dist.is_initialized():
-        dist.init_process_group("gloo")
-    return dist.get_rank(), dist.get_world_size()
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    return dist.get_rank(), dist.get_world_size(), device
 
 
 def _share(model: nn.Module, terms: dict[str, Tensor], stop: bool, world: int) -> bool:
@@ -305,7 +298,7 @@ def _share(model: nn.Module, terms: dict[str, Tensor], stop: bool, world: int) -
     if world == 1:
         return stop
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    values = torch.stack([*terms.values(), torch.tensor(float(stop))]).detach()
+    values = torch.stack([*terms.values(), next(iter(terms.values())).new_tensor(float(stop))])
     flat = torch.cat([*(g.flatten() for g in gradients), values]) / world
     dist.all_reduce(flat)
     *parts, values = flat.split([*(g.numel() for g in gradients), len(values)])
@@ -316,16 +309,43 @@ def _share(model: nn.Module, terms: dict[str, Tensor], stop: bool, world: int) -
     return bool(values[-1] > 0)
 
 
-def _pairs(config: TrainConfig, images: PackedImages, classifier: nn.Module, output: Path, progress: Progress) -> Pairs:
-    return adversarial_pairs(
-        output / "pairs",
-        images,
-        classifier,
-        count=config.pairs,
-        side=config.view,
-        seed=config.seed,
-        progress=lambda done, total: progress("pairs", done, total, {}),
-    )
+def _prepare(
+    config: TrainConfig, data: str | Path, output: Path, classifier: nn.Module, progress: Progress, rank: int
+) -> Pairs:
+    """Check and write ``output``'s config, and make its pairs: the first process does, the others open them."""
+    output.mkdir(parents=True, exist_ok=True)
+    stored = output / "config.json"
+    if stored.exists() and TrainConfig.from_file(stored, memory=config.memory) != config:
+        raise ConfigError(f"{output} holds a run of another config; choose another folder or repeat its options.")
+    images = PackedImages(data)
+    if len(images) <= config.held_out:
+        raise ConfigError(f"held_out={config.held_out}: {data} has only {len(images)} pictures.")
+    images.labels = images.labels[: len(images) - config.held_out]
+
+    def made() -> Pairs:
+        options: dict[str, Any] = dict(count=config.pairs, side=config.view, seed=config.seed)
+        return adversarial_pairs(
+            output / "pairs", images, classifier, **options, progress=lambda i, n: progress("pairs", i, n, {})
+        )
+
+    if rank == 0:
+        write_atomically(stored, lambda path: Path(path).write_text(json.dumps(asdict(config), indent=2) + "\n"))
+        made()
+    if dist.is_initialized():
+        dist.barrier()
+    return made()
+
+
+def _save(
+    output: Path, step: int, model: IMPure, optimiser: torch.optim.Optimizer, average: AveragedModel | None
+) -> None:
+    state = {"step": step, "model": model.state_dict(), "optimizer": optimiser.state_dict()}
+    given: nn.Module = model
+    if average is not None:
+        state["average"], given = average.state_dict(), average.module
+    write_atomically(output / "checkpoint.pt", lambda path: torch.save(state, path))
+    save_safetensors(output / "model.safetensors", given.state_dict(), model.config, torch.float16)
+    plot_curves(output / "log.jsonl", output / "curves.png")
 
 
 def _restore(path: Path, model: nn.Module, optimiser: torch.optim.Optimizer, average: nn.Module | None) -> int:
