@@ -476,7 +476,7 @@ def train(
 
         from .training.plan import plan as planned
 
-        Console(highlight=False).print(*planned(*loop.networks(settings, classifier, device), settings).tables())
+        Console(highlight=False).print(*planned(loop.Networks.make(settings, classifier, device), settings).tables())
         return
     with _progress("{task.fields[note]}") as progress:
         tasks: dict[str, Any] = {}

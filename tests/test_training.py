@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -27,19 +28,24 @@ from impure_fast.errors import CheckpointError, ConfigError, InputError, Missing
 from impure_fast.images import PackedImages
 from impure_fast.memory import POLICIES, kept_by
 from impure_fast.ops.patch_mix import mix_mask, patch_mix
+from impure_fast.training import loop
 from impure_fast.training.data import adversarial_pairs, batches
 from impure_fast.training.guide import Guide
 from impure_fast.training.loop import (
+    FROZEN,
+    Networks,
     TrainConfig,
+    attack,
     draw,
     from_tiles,
+    gradients,
     learning_rate,
-    networks,
     parameter_groups,
     step_losses,
     to_tiles,
     train,
 )
+from impure_fast.training.losses import lpips_network
 from impure_fast.training.plan import blocks_of, count_kept, plan
 
 TOY = IMPureConfig(
@@ -162,6 +168,8 @@ def test_missing_and_foreign_data_are_named(tmp_path):
         ({"accumulate": 3}, "accumulate=3: must divide batch=2"),
         ({"precision": "fp8"}, "precision='fp8': must be bf16 or fp32"),
         ({"memory": "least"}, "memory='least': wanted one of all, default, tight, minimal"),
+        ({"freeze": "head"}, "freeze='head': must be empty, encoder or decoder"),
+        ({"lpips_trunk": "resnet"}, "lpips_trunk='resnet': must be one of alex, squeeze, vgg"),
         ({"mix_chunks": 1}, "mix_chunks=1: must be 0 or at least 2"),
         ({"model": "nothing"}, "model='nothing': known presets"),
     ],
@@ -294,11 +302,10 @@ def test_weight_decay_reaches_the_authors_tensors():
 
 
 def test_loss_terms_depend_on_the_mixing_switch(settings, classifier):
-    model = IMPure(TOY)
-    guide = Guide(classifier, ["network.0", "network.4"])
+    networks = Networks.make(settings, classifier)
     images, clean = torch.rand(2, 2, 3, 32, 32)
     mixed, alone = (
-        step_losses(model, config, guide, images, clean, *draw(config, TOY, 2, 0))
+        step_losses(networks, config, images, clean, *draw(config, TOY, 2, 0))
         for config in (settings, dataclasses.replace(settings, mix_chunks=0))
     )
     assert list(mixed) == ["pix", "hgd0_loss", "hgd1_loss"]
@@ -309,8 +316,8 @@ def test_loss_terms_depend_on_the_mixing_switch(settings, classifier):
 @pytest.mark.parametrize("memory", sorted(POLICIES))
 def test_the_plan_says_what_a_step_keeps(settings, memory):
     config = dataclasses.replace(settings, memory=memory, ema=0.9)
-    model, guide = networks(config, toy_classifier())
-    ledger = plan(model, guide, config)
+    networks = Networks.make(config, toy_classifier())
+    model, guide, ledger = networks.model, networks.guide, plan(networks, config)
     assert model.kept == kept_by(memory)
     sizes = [4 * p.numel() for p in model.parameters()]
     assert ledger.fixed["gradients"] == ledger.fixed["running average"] == ledger.fixed["optimiser"] / 2 == sum(sizes)
@@ -318,7 +325,7 @@ def test_the_plan_says_what_a_step_keeps(settings, memory):
     images, clean = torch.rand(2, config.batch, 3, config.crop, config.crop)
     owned = [t for m in (model, guide.network) for t in (*m.parameters(), *m.buffers())]
     with count_kept({**blocks_of(model), "guide": guide.network}, [*owned, images, clean]) as measured:
-        step_losses(model, config, guide, images, clean, *draw(config, TOY, config.batch, 0))
+        step_losses(networks, config, images, clean, *draw(config, TOY, config.batch, 0))
     assert ledger.activations[memory] == pytest.approx(measured, rel=0.01)  # fake norms keep bf16 statistics
     assert min(measured.values()) > 0
 
@@ -339,6 +346,60 @@ def test_a_config_without_newer_fields_still_resumes(settings, packed, classifie
     del fields["memory"], fields["ema"]
     stored.write_text(json.dumps(fields))
     assert train(settings, packed, tmp_path / "run", classifier)
+
+
+@pytest.mark.parametrize("half", FROZEN)
+def test_a_frozen_half_keeps_its_weights(settings, packed, classifier, tmp_path, half):
+    settings = dataclasses.replace(settings, freeze=half, steps=2)
+    before = Networks.make(settings, classifier).model.state_dict()
+    train(settings, packed, tmp_path / "run", classifier)
+    still = {name for name, value in weights(tmp_path / "run").items() if torch.equal(value, before[name])}
+    mask_token = {"mask_token"}  # nothing reads it where noise hides
+    assert still - mask_token == {name for name in before if name.startswith(FROZEN[half])} - mask_token
+    assert {name for name in before if name.startswith(sum(FROZEN.values(), ()))} == set(before)
+
+
+def test_adversarial_training_adds_pictures_attacked_through_the_purifier(settings, classifier):
+    settings = dataclasses.replace(settings, attack_steps=3, precision="fp32")
+    networks = Networks.make(settings, classifier)
+    images, clean = torch.rand(2, 2, 3, 32, 32)
+    attacked = attack(networks, settings, images, clean, seed=5)
+    assert torch.equal(attacked, attack(networks, settings, images, clean, seed=5))
+    assert 3 / 255 < (attacked - images).abs().max() <= settings.attack_eps + 0.6 / 255  # rounded to 8 bits
+    assert networks.model.training
+    assert all(p.grad is None for p in networks.model.parameters())
+
+    shown = []
+    reconstruct = networks.model.reconstruct
+    networks.model.reconstruct = lambda tiles, draws: shown.append(len(tiles)) or reconstruct(tiles, draws)
+    gradients(networks, settings, (images, clean), step=0)
+    assert shown[-1] == 2 * 2 * (32 // TOY.tile_size) ** 2
+
+
+@pytest.fixture
+def random_lpips(monkeypatch):
+    monkeypatch.setattr(loop, "lpips_network", lambda trunk: lpips_network("squeeze", random=True))
+
+
+def test_lpips_stands_in_for_the_guide(settings, classifier, random_lpips):
+    config = dataclasses.replace(settings, guide_nodes=(), guide_weights=(), lpips=0.5)
+    networks = Networks.make(config, classifier)
+    images, clean = torch.rand(2, 2, 3, 32, 32)
+    terms = gradients(networks, config, (images, clean), step=0)
+    assert list(terms) == ["pix", "lpips_loss"]
+    networks.model.zero_grad()
+    double = gradients(networks, dataclasses.replace(config, lpips=1.0), (images, clean), step=0)
+    assert double["lpips_loss"] == pytest.approx(2 * terms["lpips_loss"])
+    assert all(p.grad is None for p in networks.lpips.parameters())
+
+
+def test_a_missing_lpips_trunk_names_file_and_folder(monkeypatch):
+    def offline(**options):
+        raise URLError("no network")
+
+    monkeypatch.setattr("lpips.LPIPS", offline)
+    with pytest.raises(MissingFileError, match=r"alexnet-owt-\w+.pth into .*checkpoints"):
+        lpips_network("alex")
 
 
 def test_mixing_shows_about_one_chunk_of_the_input():

@@ -22,16 +22,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from ..attacks import pgd
 from ..checkpoints import load_state, read_safetensors, save_safetensors
+from ..classifiers import Normalised
 from ..config import PRESETS, IMPureConfig
 from ..draws import Draws, MixDraws
 from ..errors import CheckpointError, ConfigError, Error
 from ..images import write_atomically
 from ..memory import kept_by
 from ..model import IMPure
+from ..purify import PurifiedClassifier
 from .data import PackedImages, Pairs, adversarial_pairs, batches
 from .guide import Guide
-from .losses import guided_loss, pixel_loss
+from .losses import TRUNKS, guided_loss, lpips_network, pixel_loss
+
+# Beginnings of the names of the tensors that each half of the network owns (SPEC section 6).
+FROZEN = {
+    "encoder": ("cls_token", "patch_embed.", "blocks.", "norm."),
+    "decoder": ("decoder_", "mask_token", "proj_"),
+}
 
 Progress = Callable[[str, int, int, dict[str, float]], None]
 
@@ -51,6 +60,11 @@ class TrainConfig:
     precision: bf16 (autocast) or fp32.
     ema: decay of the weights' running average, which is then what the run gives; 0 gives the last weights.
     guide_nodes, guide_weights: nodes of EfficientNet-Lite0 and the weights of their L1 terms.
+    lpips, lpips_trunk: weight of LPIPS between purified and clean picture, beside or in place of the guide (no
+        guide_nodes); alex, squeeze or vgg.
+    attack_steps: of PGD through purifier and classifier before each step, whose result joins the batch (SPEC section
+        6, ``adv_train``); attack_eps, attack_step_size in the pictures' units.
+    freeze: "encoder" or "decoder", which then keeps its weights; the decoder with the side layers.
     mix_chunks: at most this many chunks in patch mixing (SPEC section 5); 0 shows the guide no input patches.
     memory: what is kept for backward: all, default, tight or minimal; changes no result, and may change in a run.
     """
@@ -79,6 +93,12 @@ class TrainConfig:
     memory: str = "default"
     accumulate: int = 1
     precision: str = "bf16"
+    lpips: float = 0.0
+    lpips_trunk: str = "vgg"
+    attack_steps: int = 0
+    attack_eps: float = 16 / 255
+    attack_step_size: float = 4 / 255
+    freeze: str = ""
 
     def __post_init__(self) -> None:
         tile = self.model_config.tile_size
@@ -94,6 +114,10 @@ class TrainConfig:
             raise ConfigError(f"accumulate={self.accumulate}: must divide batch={self.batch}.")
         if self.precision not in ("bf16", "fp32"):
             raise ConfigError(f"precision={self.precision!r}: must be bf16 or fp32.")
+        if self.freeze not in ("", *FROZEN):
+            raise ConfigError(f"freeze={self.freeze!r}: must be empty, {' or '.join(FROZEN)}.")
+        if self.lpips_trunk not in TRUNKS:
+            raise ConfigError(f"lpips_trunk={self.lpips_trunk!r}: must be one of {', '.join(TRUNKS)}.")
         kept_by(self.memory)
 
     @classmethod
@@ -119,15 +143,36 @@ class TrainConfig:
         return PRESETS[self.model]
 
 
-def networks(config: TrainConfig, classifier: nn.Module, device: str = "cpu") -> tuple[IMPure, Guide]:
-    """The purifier as the run begins with it, and ``classifier`` as its guide."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        model = IMPure(config.model_config)
-    if config.init is not None:
-        load_state(model, read_safetensors(config.init)[1], config.init)
-    model.kept = kept_by(config.memory)
-    return model.to(device).train(), Guide(classifier.to(device), [f"network.{node}" for node in config.guide_nodes])
+@dataclass
+class Networks:
+    """The purifier, and the frozen networks by which it is judged and attacked; None where the config has no use."""
+
+    model: IMPure
+    guide: Guide | None
+    lpips: nn.Module | None
+    attacked: nn.Module | None
+
+    @classmethod
+    def make(cls, config: TrainConfig, classifier: Normalised, device: str = "cpu") -> Networks:
+        """The purifier as the run begins with it; ``classifier`` is the guide, and what is attacked."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            model = IMPure(config.model_config)
+        if config.init is not None:
+            load_state(model, read_safetensors(config.init)[1], config.init)
+        model.kept = kept_by(config.memory)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(not name.startswith(FROZEN.get(config.freeze, ())))
+        model, classifier = model.to(device).train(), classifier.to(device)
+        nodes = [f"network.{node}" for node in config.guide_nodes]
+        lpips = lpips_network(config.lpips_trunk).to(device) if config.lpips else None
+        guide = Guide(classifier, nodes) if nodes else None
+        return cls(model, guide, lpips, classifier if config.attack_steps else None)
+
+    def judges(self) -> dict[str, nn.Module]:
+        """{"guide": module, "lpips": module}, those that there are."""
+        found = {"guide": self.guide.network if self.guide else None, "lpips": self.lpips}
+        return {name: module for name, module in found.items() if module is not None}
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -173,25 +218,40 @@ def draw(
 
 
 def step_losses(
-    model: IMPure,
+    networks: Networks,
     config: TrainConfig,
-    guide: Callable[[Tensor], dict[str, Tensor]],
     images: Tensor,
     clean: Tensor,
     draws: Draws,
     mixing: list[MixDraws] | None,
 ) -> dict[str, Tensor]:
     """Loss terms of pictures.  images, clean: [n, 3, crop, crop] in [0, 1]; draws, mixing: from ``draw``."""
+    model = networks.model
     tiles = to_tiles(images, model.config.tile_size)
     with torch.autocast(images.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
         prediction, _ = model.reconstruct(tiles, draws)
     prediction = from_tiles(prediction.float(), len(images), config.crop)
     terms = {"pix": config.pixel_weight * pixel_loss(model, prediction, images, clean)}
-    return terms | guided_loss(model, prediction, images, clean, [guide], [config.guide_weights], mixing)
+    if networks.guide is not None:
+        terms |= guided_loss(model, prediction, images, clean, [networks.guide], [config.guide_weights], mixing)
+    if networks.lpips is not None:
+        distance = networks.lpips(model.unnormalise(prediction), clean, normalize=True)  # [n, 1, 1, 1]
+        terms["lpips_loss"] = config.lpips * distance.mean()
+    return terms
+
+
+def attack(networks: Networks, config: TrainConfig, images: Tensor, clean: Tensor, seed: int) -> Tensor:
+    """PGD on pictures through purifier and classifier, away from the classifier's decision on the clean ones."""
+    assert networks.attacked is not None
+    with torch.no_grad():
+        labels = networks.attacked(clean).argmax(dim=1)
+    whole = PurifiedClassifier(networks.attacked, networks.model, mean=(0.0,) * 3, std=(1.0,) * 3, seed=seed)
+    options: dict[str, Any] = dict(eps=config.attack_eps, steps=config.attack_steps, step_size=config.attack_step_size)
+    return pgd(whole.to(images.device), images, labels, **options, seed=seed)
 
 
 def gradients(
-    model: IMPure, config: TrainConfig, guide: Guide, batch: tuple[Tensor, Tensor], step: int, first: int = 0
+    networks: Networks, config: TrainConfig, batch: tuple[Tensor, Tensor], step: int, first: int = 0
 ) -> dict[str, Tensor]:
     """Add the gradients of a batch, or of the share that begins with picture ``first``; returns its mean terms.
 
@@ -201,8 +261,13 @@ def gradients(
     size = len(batch[0]) // config.accumulate
     for part in range(config.accumulate):
         images, clean = (x[part * size : (part + 1) * size] for x in batch)
-        draws, mixing = draw(config, model.config, size, step, first + part * size, images.device)
-        terms = step_losses(model, config, guide, images, clean, draws, mixing)
+        place, copies = first + part * size, 1
+        if networks.attacked is not None:
+            seed = (config.seed << 32 | step) + (1 + place << 44)  # none of the step's own draws
+            images = torch.cat((images, attack(networks, config, images, clean, seed)))
+            clean, copies = torch.cat((clean, clean)), 2
+        draws = draw(config, networks.model.config, copies * size, step, copies * place, images.device)
+        terms = step_losses(networks, config, images, clean, *draws)
         (torch.stack(list(terms.values())).sum() / config.accumulate).backward()
         for name, value in terms.items():
             sums[name] = sums.get(name, 0) + value.detach() / config.accumulate
@@ -229,7 +294,7 @@ def train(
     config: TrainConfig,
     data: str | Path,
     output: str | Path,
-    classifier: nn.Module,
+    classifier: Normalised,
     progress: Progress = lambda phase, done, total, figures: None,
     device: str = "cpu",
 ) -> bool:
@@ -245,7 +310,8 @@ def train(
     if config.batch % (world * config.accumulate):
         raise ConfigError(f"batch={config.batch}: must be a multiple of {world} processes x accumulate.")
     pairs = _prepare(config, data, output, classifier, progress, rank)
-    model, guide = networks(config, classifier, device)
+    networks = Networks.make(config, classifier, device)
+    model = networks.model
     optimiser = torch.optim.AdamW(parameter_groups(model, config.weight_decay), lr=config.lr, betas=(0.9, 0.95))
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema)) if config.ema else None
     start = _restore(output / "checkpoint.pt", model, optimiser, average)
@@ -261,7 +327,7 @@ def train(
                 group["lr"] = rate
             keys, dirty, clean = next(source)
             optimiser.zero_grad(set_to_none=True)
-            terms = gradients(model, config, guide, (dirty[mine].to(device), clean[mine].to(device)), step, first)
+            terms = gradients(networks, config, (dirty[mine].to(device), clean[mine].to(device)), step, first)
             stopping = _share(model, terms, stop.wanted, world)
             figures = {name: value.item() for name, value in terms.items()}
             figures["loss"] = sum(figures.values())
@@ -310,7 +376,7 @@ def _share(model: nn.Module, terms: dict[str, Tensor], stop: bool, world: int) -
 
 
 def _prepare(
-    config: TrainConfig, data: str | Path, output: Path, classifier: nn.Module, progress: Progress, rank: int
+    config: TrainConfig, data: str | Path, output: Path, classifier: Normalised, progress: Progress, rank: int
 ) -> Pairs:
     """Check and write ``output``'s config, and make its pairs: the first process does, the others open them."""
     output.mkdir(parents=True, exist_ok=True)

@@ -17,8 +17,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from ..memory import POLICIES, kept_by
 from ..model import IMPure
-from .guide import Guide
-from .loop import TrainConfig, draw, step_losses
+from .loop import Networks, TrainConfig, draw, step_losses
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -109,35 +108,40 @@ class Plan:
         return held, switches
 
 
-def plan(model: IMPure, guide: Guide, config: TrainConfig, processes: int = 1) -> Plan:
-    """The ledger of one process's step; ``model`` and ``guide`` lie on the device of the run and are not changed."""
-    weights = size_of(model.parameters())
+def plan(networks: Networks, config: TrainConfig, processes: int = 1) -> Plan:
+    """The ledger of one process's step; ``networks`` lie on the device of the run and are not changed.
+
+    The attack of ``attack_steps`` goes before the step and is not counted.
+    """
+    model = networks.model
+    trained = size_of(p for p in model.parameters() if p.requires_grad)
     fixed = {
-        "weights": weights + size_of(model.buffers()),
-        "gradients": weights,
-        "optimiser": 2 * weights,  # AdamW's two moments
-        "running average": weights if config.ema else 0,
-        "guide weights": size_of((*guide.network.parameters(), *guide.network.buffers())),
+        "weights": size_of((*model.parameters(), *model.buffers())),
+        "gradients": trained,
+        "optimiser": 2 * trained,  # AdamW's two moments
+        "running average": size_of(model.parameters()) if config.ema else 0,
+        **{f"{name} weights": size_of((*m.parameters(), *m.buffers())) for name, m in networks.judges().items()},
     }
+    batch = config.batch // (processes * config.accumulate) * (2 if config.attack_steps else 1)
     before = model.kept
     try:
         activations = {}
         for policy in dict.fromkeys((*POLICIES, config.memory)):
             model.kept = kept_by(policy)
-            activations[policy] = _activations(model, guide, config, config.batch // processes)
+            activations[policy] = _activations(networks, config, batch)
     finally:
         model.kept = before
     return Plan(fixed, activations, config.memory)
 
 
-def _activations(model: IMPure, guide: Guide, config: TrainConfig, batch: int) -> dict[str, int]:
+def _activations(networks: Networks, config: TrainConfig, batch: int) -> dict[str, int]:
+    model, judges = networks.model, networks.judges()
     device = next(model.parameters()).device
     draws, mixing = draw(config, model.config, batch, 0, device=device)
-    parts = {**blocks_of(model), "guide": guide.network}
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fake: Callable[[Tensor], Tensor] = mode.from_tensor
         images, clean = torch.empty(2, batch, 3, config.crop, config.crop, device=device)
-        weights = [t for m in (model, guide.network) for t in (*m.parameters(), *m.buffers())]
-        with count_kept(parts, [*map(fake, weights), *weights, images, clean]) as kept:
-            step_losses(model, config, guide, images, clean, draws, mixing)
+        owned = [t for m in (model, *judges.values()) for t in (*m.parameters(), *m.buffers())]
+        with count_kept(blocks_of(model) | judges, [*map(fake, owned), *owned, images, clean]) as kept:
+            step_losses(networks, config, images, clean, draws, mixing)
     return kept
