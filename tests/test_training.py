@@ -164,6 +164,8 @@ def test_missing_and_foreign_data_are_named(tmp_path):
     [
         ({"crop": 24}, "crop=24: must be a multiple of the tile"),
         ({"crop": 48}, "of at most view=40"),
+        ({"crop": 10}, "crop=10: must give patches of 4, in 4s"),
+        ({"crops": ((16, 2), (12, 2))}, "crop=12: must give patches of 4, in 4s"),
         ({"guide_weights": (1.0,)}, "give one for each of guide_nodes"),
         ({"accumulate": 3}, "accumulate=3: must divide batch=2"),
         ({"precision": "fp8"}, "precision='fp8': must be bf16 or fp32"),
@@ -346,6 +348,21 @@ def test_a_config_without_newer_fields_still_resumes(settings, packed, classifie
     del fields["memory"], fields["ema"]
     stored.write_text(json.dumps(fields))
     assert train(settings, packed, tmp_path / "run", classifier)
+
+
+def test_pre_training_draws_a_crop_for_each_step_and_attacks_nothing(settings, packed, classifier, tmp_path):
+    clean = dict(adversarial=0.0, noisy=0.0, guide_nodes=(), guide_weights=(), crops=((8, 8), (32, 2), (16, 4)))
+    settings = dataclasses.replace(settings, **clean)
+    drawn = [settings.at(step) for step in range(40)]
+    assert {(now.crop, now.batch) for now in drawn} == set(settings.crops)
+    assert drawn == [settings.at(step) for step in range(40)]
+    for name, end in (("whole", None), ("cut", 3), ("cut", None)):
+        train(settings, packed, tmp_path / name, classifier, progress=terminate_at(end))
+    whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+    pairs = [np.load(tmp_path / "whole" / "pairs" / f"{name}.npy") for name in ("clean", "adversarial")]
+    assert np.array_equal(*pairs) and pairs[0].any()
+    assert TrainConfig.from_file(tmp_path / "whole" / "config.json") == settings
 
 
 @pytest.mark.parametrize("half", FROZEN)

@@ -42,7 +42,7 @@ def adversarial_pairs(
 
     classifier takes [0, 1]; its own decision on the clean view is the label, so no annotation is used.
     Each batch draws its eps uniformly and is a function of seed and batch number, so a killed run goes on.
-    Results are rounded to 8 bits.
+    Results are rounded to 8 bits.  eps=(0, 0) attacks nothing, and both are the clean views.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -66,14 +66,15 @@ def adversarial_pairs(
         order = np.random.default_rng([seed, 1 << 32, start // len(images)])
         which = order.permutation(len(images))
         views = np.stack([random_view(images[which[i % len(images)]], side, rng) for i in range(start, stop)])
-        x = to_float(views)
-        with torch.no_grad():
-            labels = classifier(x).argmax(dim=1)
+        arrays[0][start:stop] = arrays[1][start:stop] = views
         size = float(rng.uniform(*eps))
-        own_seed = seed * 1_000_003 + start
-        attacked = pgd(classifier, x, labels, eps=size, steps=6, step_size=size / 3, seed=own_seed)
-        arrays[0][start:stop] = views
-        arrays[1][start:stop] = to_bytes(attacked)
+        if size:
+            x = to_float(views)
+            with torch.no_grad():
+                labels = classifier(x).argmax(dim=1)
+            own_seed = seed * 1_000_003 + start
+            attacked = pgd(classifier, x, labels, eps=size, steps=6, step_size=size / 3, seed=own_seed)
+            arrays[1][start:stop] = to_bytes(attacked)
         state.write_text(json.dumps({"recipe": recipe, "done": stop}))
         progress(stop, count)
     return Pairs(arrays[0], arrays[1])

@@ -12,10 +12,11 @@ import os
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -50,11 +51,13 @@ class TrainConfig:
     """One training run.
 
     model: preset name.  steps, batch: optimiser steps and pictures a step.
-    crop: side of a training picture; it is cut into tiles of the model's tile_size, as in use.
+    crop: side of a training picture; a larger one than the model's tile_size is cut into tiles, as in use.
+    crops: ((crop, batch), ...) in place of both, one drawn for each step; () keeps to them.
     init: weights to begin from (a safetensors file); None begins from random ones.
     pairs: clean and adversarial views made before the first step, of side ``view``; the last ``held_out``
         pictures of the data are never used.
-    adversarial, noisy: shares of the inputs with a perturbation and with sign noise; the others are clean.
+    adversarial, noisy: shares of the inputs with a perturbation and with sign noise; the others are clean.  Without
+        either, and without guide_nodes, this is pre-training; nothing is attacked then.
     lr, warmup, weight_decay, clip: AdamW (0.9, 0.95), linear warm-up steps, then cosine to 0.
     accumulate: parts that a process takes one after the other for one step; same result in less memory.
     precision: bf16 (autocast) or fp32.
@@ -99,11 +102,14 @@ class TrainConfig:
     attack_eps: float = 16 / 255
     attack_step_size: float = 4 / 255
     freeze: str = ""
+    crops: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
-        tile = self.model_config.tile_size
+        network, tile = self.model_config, self.tile
         if self.crop % tile or self.crop > self.view:
             raise ConfigError(f"crop={self.crop}: must be a multiple of the tile ({tile}) of at most view={self.view}.")
+        if tile % network.patch_size or (tile // network.patch_size) ** 2 % network.num_chunks:
+            raise ConfigError(f"crop={self.crop}: must give patches of {network.patch_size}, in {network.num_chunks}s.")
         if len(self.guide_nodes) != len(self.guide_weights):
             raise ConfigError(f"guide_weights={self.guide_weights}: give one for each of guide_nodes.")
         if self.mix_chunks == 1 or self.mix_chunks < 0:
@@ -119,6 +125,21 @@ class TrainConfig:
         if self.lpips_trunk not in TRUNKS:
             raise ConfigError(f"lpips_trunk={self.lpips_trunk!r}: must be one of {', '.join(TRUNKS)}.")
         kept_by(self.memory)
+        for crop, batch in self.crops:
+            replace(self, crop=crop, batch=batch, crops=())  # checks them
+
+    @property
+    def tile(self) -> int:
+        """Side of what the network is given."""
+        return min(self.model_config.tile_size, self.crop)
+
+    def at(self, step: int) -> TrainConfig:
+        """The config of one step: with one of ``crops`` as its crop and batch."""
+        if not self.crops:
+            return self
+        index = int(np.random.default_rng([self.seed, 2 << 32, step]).integers(len(self.crops)))
+        crop, batch = self.crops[index]
+        return replace(self, crop=crop, batch=batch, crops=())
 
     @classmethod
     def from_file(cls, path: str | Path | None, **changes: Any) -> TrainConfig:
@@ -134,6 +155,8 @@ class TrainConfig:
         if unknown := sorted(set(values) - known):
             raise ConfigError(f"Unknown training fields {unknown}; known are {sorted(known)}.")
         values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        if "crops" in values:
+            values["crops"] = tuple(map(tuple, values["crops"]))
         return cls(**values)
 
     @property
@@ -207,8 +230,8 @@ def draw(
     config: TrainConfig, network: IMPureConfig, n: int, step: int, first: int = 0, device: torch.device | str = "cpu"
 ) -> tuple[Draws, list[MixDraws] | None]:
     """The randomness of a batch of n pictures, or of the share of it that begins with picture ``first``."""
-    seed, count = config.seed << 32 | step, (config.crop // network.tile_size) ** 2
-    shape = (n * count, 3, network.tile_size, network.tile_size)
+    seed, count = config.seed << 32 | step, (config.crop // config.tile) ** 2
+    shape = (n * count, 3, config.tile, config.tile)
     streams = torch.arange(n * count) + first * count
     draws = Draws.sample(network, shape, seed, streams, training=True, device=device)
     if not config.mix_chunks:
@@ -227,7 +250,7 @@ def step_losses(
 ) -> dict[str, Tensor]:
     """Loss terms of pictures.  images, clean: [n, 3, crop, crop] in [0, 1]; draws, mixing: from ``draw``."""
     model = networks.model
-    tiles = to_tiles(images, model.config.tile_size)
+    tiles = to_tiles(images, config.tile)
     with torch.autocast(images.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
         prediction, _ = model.reconstruct(tiles, draws)
     prediction = from_tiles(prediction.float(), len(images), config.crop)
@@ -307,8 +330,8 @@ def train(
     """
     output = Path(output)
     rank, world, device = _processes(device)
-    if config.batch % (world * config.accumulate):
-        raise ConfigError(f"batch={config.batch}: must be a multiple of {world} processes x accumulate.")
+    if odd := [n for n in {config.batch, *(n for _, n in config.crops)} if n % (world * config.accumulate)]:
+        raise ConfigError(f"batch={odd[0]}: must be a multiple of {world} processes x accumulate={config.accumulate}.")
     pairs = _prepare(config, data, output, classifier, progress, rank)
     networks = Networks.make(config, classifier, device)
     model = networks.model
@@ -316,18 +339,17 @@ def train(
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema)) if config.ema else None
     start = _restore(output / "checkpoint.pt", model, optimiser, average)
     log = _Log(output / "log.jsonl", start) if rank == 0 else None
-    first = rank * (config.batch // world)
-    mine = slice(first, first + config.batch // world)
-    shares = {name: getattr(config, name) for name in ("batch", "crop", "seed", "adversarial", "noisy")}
     with _Stop() as stop:
-        source = batches(pairs, **shares, start=start)
         for step in range(start, config.steps):
-            began, rate = time.perf_counter(), learning_rate(config, step)
+            began, rate, now = time.perf_counter(), learning_rate(config, step), config.at(step)
             for group in optimiser.param_groups:
                 group["lr"] = rate
-            keys, dirty, clean = next(source)
+            first = rank * (now.batch // world)
+            mine = slice(first, first + now.batch // world)
+            options = {name: getattr(now, name) for name in ("batch", "crop", "seed", "adversarial", "noisy")}
+            keys, dirty, clean = next(batches(pairs, **options, start=step))
             optimiser.zero_grad(set_to_none=True)
-            terms = gradients(networks, config, (dirty[mine].to(device), clean[mine].to(device)), step, first)
+            terms = gradients(networks, now, (dirty[mine].to(device), clean[mine].to(device)), step, first)
             stopping = _share(model, terms, stop.wanted, world)
             figures = {name: value.item() for name, value in terms.items()}
             figures["loss"] = sum(figures.values())
@@ -337,7 +359,7 @@ def train(
             optimiser.step()
             if average is not None:
                 average.update_parameters(model)
-            figures |= {"lr": rate, "pictures_per_second": config.batch / (time.perf_counter() - began)}
+            figures |= {"lr": rate, "pictures_per_second": now.batch / (time.perf_counter() - began)}
             if log is not None:
                 log.write(step, figures)
                 progress("train", step + 1, config.steps, figures)
@@ -390,6 +412,8 @@ def _prepare(
 
     def made() -> Pairs:
         options: dict[str, Any] = dict(count=config.pairs, side=config.view, seed=config.seed)
+        if not (config.adversarial or config.guide_nodes):
+            options["eps"] = (0.0, 0.0)
         return adversarial_pairs(
             output / "pairs", images, classifier, **options, progress=lambda i, n: progress("pairs", i, n, {})
         )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -111,8 +111,11 @@ class Plan:
 def plan(networks: Networks, config: TrainConfig, processes: int = 1) -> Plan:
     """The ledger of one process's step; ``networks`` lie on the device of the run and are not changed.
 
-    The attack of ``attack_steps`` goes before the step and is not counted.
+    Of several ``crops`` the one with most pixels counts.  The attack of ``attack_steps`` goes before the step and is
+    not counted.
     """
+    for crop, batch in sorted(config.crops, key=lambda pair: pair[0] ** 2 * pair[1])[-1:]:
+        config = replace(config, crop=crop, batch=batch, crops=())
     model = networks.model
     trained = size_of(p for p in model.parameters() if p.requires_grad)
     fixed = {
