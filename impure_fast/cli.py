@@ -443,7 +443,9 @@ def export(
 
 
 def train(
-    data: Annotated[Path, typer.Option(metavar="FILE", help="Packed images (impure-fast data).")],
+    data: Annotated[
+        Path, typer.Option(metavar="FILE", help="Packed images (impure-fast data), or a folder of attacked pairs.")
+    ],
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="DIR", help="A new folder, or a run to go on with.")
     ],

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 from urllib.error import URLError
@@ -29,7 +30,7 @@ from impure_fast.images import PackedImages
 from impure_fast.memory import POLICIES, kept_by
 from impure_fast.ops.patch_mix import mix_mask, patch_mix
 from impure_fast.training import loop
-from impure_fast.training.data import adversarial_pairs, batches
+from impure_fast.training.data import adversarial_pairs, batches, stored_pairs
 from impure_fast.training.guide import Guide
 from impure_fast.training.loop import (
     FROZEN,
@@ -265,6 +266,64 @@ def test_pairs_cut_in_the_middle_are_finished_alike(packed, classifier, tmp_path
     assert np.array_equal(whole.adversarial, resumed.adversarial)
     with pytest.raises(InputError, match="pairs of another recipe"):
         adversarial_pairs(tmp_path / "cut", images, classifier, **{**options, "seed": 2})
+
+
+@pytest.fixture
+def attacked_elsewhere(tmp_path):
+    """{key: (clean, adversarial)} and how to store it; the adversarial picture is the clean one turned by 128."""
+    rng = np.random.default_rng(1)
+    clean = {f"set/{i:03d}": rng.integers(0, 256, (44, 48, 3), dtype=np.uint8) for i in range(6)}
+
+    def png(rgb):
+        Image.fromarray(rgb).save(buffer := io.BytesIO(), "PNG")
+        return buffer.getvalue()
+
+    def store(shards):
+        source = tmp_path / "source"
+        source.mkdir()
+        for i, (key, rgb) in enumerate(clean.items()):
+            if shards:
+                with tarfile.open(source / f"{i // 4:06d}.tar", "a") as tar:
+                    for kind, data in (("adv.png", png(rgb ^ 128)), ("clean.jpg", png(rgb)), ("cls", b"7")):
+                        (member := tarfile.TarInfo(f"{key}.{kind}")).size = len(data)
+                        tar.addfile(member, io.BytesIO(data))
+            else:
+                for folder, picture in (("adv", rgb ^ 128), ("clean", rgb)):
+                    (path := source / folder / f"{key}.png").parent.mkdir(parents=True, exist_ok=True)
+                    path.write_bytes(png(picture))
+        return source
+
+    return list(clean.values()), store
+
+
+@pytest.mark.parametrize("shards", [True, False], ids=["shards", "folders"])
+def test_pairs_attacked_elsewhere_are_cut_alike(attacked_elsewhere, tmp_path, shards):
+    clean, store = attacked_elsewhere
+    source, options = store(shards), dict(count=6, side=40, seed=3)
+    pairs = stored_pairs(tmp_path / "pairs", source, **options)
+    assert np.array_equal(pairs.adversarial, pairs.clean ^ 128)
+    for picture, view in zip(clean, pairs.clean, strict=True):
+        windows = np.lib.stride_tricks.sliding_window_view(picture, (40, 40, 3))[:, :, 0]
+        assert (windows == view).all(axis=(2, 3, 4)).sum() == 1
+    again = stored_pairs(tmp_path / "pairs", tmp_path / "source", **options)
+    assert np.array_equal(again.clean, pairs.clean)
+    with pytest.raises(InputError, match=r"holds 6 pairs; pairs=7 asks for more"):
+        stored_pairs(tmp_path / "more", source, count=7, side=40, seed=3)
+    with pytest.raises(InputError, match=r"000.*: clean \(44, 48\), adv \(44, 48\); wanted one size from 45"):
+        stored_pairs(tmp_path / "large", source, count=6, side=45, seed=3)
+
+
+def test_a_damaged_pair_is_named(attacked_elsewhere, tmp_path):
+    source = attacked_elsewhere[1](False)
+    (source / "adv" / "set" / "002.png").write_bytes(b"no picture")
+    with pytest.raises(InputError, match=r"002.png holds a picture that cannot be read"):
+        stored_pairs(tmp_path / "pairs", source, count=6, side=40, seed=3)
+
+
+def test_a_run_trains_on_pairs_attacked_elsewhere(settings, attacked_elsewhere, classifier, tmp_path):
+    source = attacked_elsewhere[1](True)
+    assert train(dataclasses.replace(settings, pairs=6), source, tmp_path / "run", classifier)
+    assert len(log_of(tmp_path / "run")) == settings.steps
 
 
 def test_batches_are_a_function_of_seed_and_step(packed, classifier, tmp_path):

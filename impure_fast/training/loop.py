@@ -33,7 +33,7 @@ from ..images import write_atomically
 from ..memory import kept_by
 from ..model import IMPure
 from ..purify import PurifiedClassifier
-from .data import PackedImages, Pairs, adversarial_pairs, batches
+from .data import PackedImages, Pairs, adversarial_pairs, batches, stored_pairs
 from .guide import Guide
 from .losses import TRUNKS, guided_loss, lpips_network, pixel_loss
 
@@ -55,7 +55,7 @@ class TrainConfig:
     crops: ((crop, batch), ...) in place of both, one drawn for each step; () keeps to them.
     init: weights to begin from (a safetensors file); None begins from random ones.
     pairs: clean and adversarial views made before the first step, of side ``view``; the last ``held_out``
-        pictures of the data are never used.
+        pictures of the data are never used.  Pairs attacked elsewhere are the first so many of their folder.
     adversarial, noisy: shares of the inputs with a perturbation and with sign noise; the others are clean.  Without
         either, and without guide_nodes, this is pre-training; nothing is attacked then.
     lr, warmup, weight_decay, clip: AdamW (0.9, 0.95), linear warm-up steps, then cosine to 0.
@@ -323,7 +323,8 @@ def train(
 ) -> bool:
     """Train, or go on with the run in ``output``; returns whether it reached its last step.
 
-    data: packed npz.  classifier: ``classifiers.Normalised``, the attacked network and the guide.
+    data: packed npz, or a folder of pairs (``data.stored_pairs``).
+    classifier: ``classifiers.Normalised``, the attacked network and the guide.
     progress(phase, done, total, figures) is called with the phases "pairs" and "train".
     Writes output/: config.json, pairs/, checkpoint.pt, log.jsonl, model.safetensors, curves.png.
     Raises Error where the loss is not finite or ``output`` holds a run of another config.
@@ -405,18 +406,19 @@ def _prepare(
     stored = output / "config.json"
     if stored.exists() and TrainConfig.from_file(stored, memory=config.memory) != config:
         raise ConfigError(f"{output} holds a run of another config; choose another folder or repeat its options.")
-    images = PackedImages(data)
-    if len(images) <= config.held_out:
-        raise ConfigError(f"held_out={config.held_out}: {data} has only {len(images)} pictures.")
-    images.labels = images.labels[: len(images) - config.held_out]
 
     def made() -> Pairs:
         options: dict[str, Any] = dict(count=config.pairs, side=config.view, seed=config.seed)
+        options["progress"] = lambda done, total: progress("pairs", done, total, {})
+        if Path(data).is_dir():
+            return stored_pairs(output / "pairs", data, **options)
+        images = PackedImages(data)
+        if len(images) <= config.held_out:
+            raise ConfigError(f"held_out={config.held_out}: {data} has only {len(images)} pictures.")
+        images.labels = images.labels[: len(images) - config.held_out]
         if not (config.adversarial or config.guide_nodes):
             options["eps"] = (0.0, 0.0)
-        return adversarial_pairs(
-            output / "pairs", images, classifier, **options, progress=lambda i, n: progress("pairs", i, n, {})
-        )
+        return adversarial_pairs(output / "pairs", images, classifier, **options)
 
     if rank == 0:
         write_atomically(stored, lambda path: Path(path).write_text(json.dumps(asdict(config), indent=2) + "\n"))
