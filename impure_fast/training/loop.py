@@ -56,8 +56,8 @@ class TrainConfig:
     init: weights to begin from (a safetensors file); None begins from random ones.
     pairs: clean and adversarial views made before the first step, of side ``view``; the last ``held_out``
         pictures of the data are never used.  Pairs attacked elsewhere are the first so many of their folder.
-    adversarial, noisy: shares of the inputs with a perturbation and with sign noise; the others are clean.  Without
-        either, and without guide_nodes, this is pre-training; nothing is attacked then.
+    adversarial, noisy: shares of the inputs with a perturbation and with sign noise; the others are clean.  With
+        neither, and no guide_nodes, this is pre-training.
     lr, warmup, weight_decay, clip: AdamW (0.9, 0.95), linear warm-up steps, then cosine to 0.
     accumulate: parts that a process takes one after the other for one step; same result in less memory.
     precision: bf16 (autocast) or fp32.
@@ -416,7 +416,7 @@ def _prepare(
         if len(images) <= config.held_out:
             raise ConfigError(f"held_out={config.held_out}: {data} has only {len(images)} pictures.")
         images.labels = images.labels[: len(images) - config.held_out]
-        if not (config.adversarial or config.guide_nodes):
+        if not config.adversarial:
             options["eps"] = (0.0, 0.0)
         return adversarial_pairs(output / "pairs", images, classifier, **options)
 
