@@ -19,7 +19,7 @@ from .ops._dispatch import backend, wished
 
 # Results of a block's steps: 1, 3, 1, 1, 1, 4 and 4 of its widths a token.  A block's input is always kept.
 RESULTS = ("norm1", "qkv", "attention", "middle", "norm2", "fc1", "gelu")
-# "sides": the encoder's side outputs, and what comes between them and the decoder.
+# "sides": what is outside the blocks, the encoder's side outputs and the linear layers round the decoder.
 ALL = frozenset(RESULTS) | {"sides"}
 POLICIES: dict[str, frozenset[str]] = {
     "all": ALL,

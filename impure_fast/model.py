@@ -38,6 +38,10 @@ def _ignore_tables(module: nn.Module, state: dict[str, Tensor], prefix: str, *re
     checkpoints.drop_tables(state, prefix)  # a named function, so that models can be pickled
 
 
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
+
+
 class Attention(nn.Module):
     """Multi-head self-attention; qkv rows are split as (3, heads, head width)."""
 
@@ -90,10 +94,13 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=eps)
         self.mlp = Mlp(width, int(width * mlp_ratio))
 
-    def forward(self, x: Tensor, kept: Set[str] = ALL, chunks: int = 0, hides: int = 0) -> Tensor:
+    def forward(
+        self, x: Tensor, kept: Set[str] = ALL, chunks: int = 0, hides: int = 0, enter: Callable[..., Tensor] = _as_it_is
+    ) -> Tensor:
         """x: [B, T, W] -> [B, T, W].
 
         kept: what is stored for the backward pass (``memory``).
+        enter: makes the block's input of x, and may be computed again with it.
         chunks: K, x being the packed rows [N, 2L + K, W] of all replicas -> [N*K, L + 1, W].
         hides: K, only the hidden rows go on -> [N*K, M, W].
         """
@@ -103,12 +110,16 @@ class Block(nn.Module):
                 x = x[:, replica_rows((x.shape[1] - chunks) // 2, chunks, x.device)].flatten(0, 1)
             return hidden_rows(x, hides) if hides else x
 
+        def normed(x: Tensor) -> State:
+            x = enter(x)
+            return x, self.norm1(x)
+
         def attend(x: Tensor, *projected: Tensor) -> State:
             attended = self.attn.attend(projected, chunks)
             return x, hidden_rows(attended, hides) if chunks and hides else attended
 
         steps: tuple[Step, ...] = (
-            lambda x: (x, self.norm1(x)),
+            normed,
             lambda x, normed: (x, *self.attn.project(normed, 0 if chunks else hides)),
             attend,
             lambda x, attended: (rows(x) + self.attn.proj(attended),),
@@ -240,33 +251,39 @@ class IMPure(nn.Module):
         b = self.sqrt_one_minus_alphas_cumprod[step].view(shape)
         return a * x + b * noise.to(x.dtype)
 
-    def encode(self, tokens: Tensor, note: Note) -> tuple[Tensor, Tensor]:
-        """Encode every chunk on its own.  tokens: [N*K, M, D] -> its class token [N*K, D], latents [N*K, M, D]."""
+    def encode(
+        self, tokens: Tensor, note: Note, embed: Callable[[Tensor], Tensor] = _as_it_is
+    ) -> tuple[Tensor, Tensor]:
+        """Encode every chunk on its own.  tokens: [N*K, M, D] -> its class token [N*K, D], features [N*K, M, E].
+
+        embed: makes the tokens of what is given in their place.
+        """
         head = self.cls_token + self.pos_embed[:, :1]
-        x = torch.cat((head.expand(tokens.shape[0], -1, -1), tokens), dim=1)  # [N*K, 1 + M, D]
-        outputs, layers = [], []
+
+        def enter(tokens: Tensor) -> Tensor:
+            tokens = embed(tokens)
+            return torch.cat((head.expand(tokens.shape[0], -1, -1), tokens), dim=1)  # [N*K, 1 + M, D]
+
+        x, outputs, layers = tokens, [], []
         for b, block in enumerate(self.blocks):
-            x = block(x, self.kept)
+            x = block(x, self.kept, enter=_as_it_is if b else enter)
             if b == 0:
                 note("enc_block0", x)
             if b in self.config.out_indices:
                 outputs.append(x)
                 layers.append(self.proj_layers[self.config.out_indices.index(b)])
 
-        def mix(*outputs: Tensor) -> tuple[Tensor, Tensor]:
+        def mix(*outputs: Tensor) -> State:
             sides = [layer(y) for layer, y in zip(layers, outputs, strict=False)]
             weights = self.proj_weights.softmax(dim=0).view(-1)
             mixed = sum(w * y for w, y in zip(weights, [*sides, outputs[-1]], strict=True))
-            return mixed, self.norm(mixed)
+            latent = self.norm(mixed)
+            return mixed, latent, self.decoder_embed_norm(self.decoder_embed(latent[:, 1:]))
 
-        mixed, latent = again(mix, *outputs, x, kept="sides" in self.kept)
+        mixed, latent, features = again(mix, *outputs, x, kept="sides" in self.kept)
         note("enc_mix", mixed)
         note("latent", latent)
-        return latent[:, 0], latent[:, 1:]
-
-    def features(self, latents: Tensor) -> Tensor:
-        """What the decoder reads of latents: [..., D] -> [..., E]."""
-        return again(lambda x: self.decoder_embed_norm(self.decoder_embed(x)), latents, kept="sides" in self.kept)
+        return latent[:, 0].contiguous(), features  # backward would keep a view's whole tensor
 
     def hide(self, clean: Tensor, noised: Tensor | None, draws: Draws) -> Tensor:
         """What chunk i becomes in replica i.  clean, noised: [N, K, M, E] -> [N, K, M, E] (SPEC 2.8)."""
@@ -339,11 +356,15 @@ class IMPure(nn.Module):
         x = patch_mask(
             images, order, c.patch_size, c.mean, c.std, signal=signal, level=level, noise=draws.image_noise
         )  # [passes*N, L, 3pp]
-        x = F.linear(x, self.patch_embed.proj.weight.flatten(1), self.patch_embed.proj.bias)
-        x = x.view(passes, n, k * m, c.embed_dim) + self.pos_embed[0, 1:][cells]
-        note("shuffled", x[0].view(n * k, m, c.embed_dim))
-        heads, latents = self.encode(x.view(-1, m, c.embed_dim), lambda name, x: x)
-        features = self.features(latents).view(passes, n, k, m, c.decoder_embed_dim)
+
+        def embed(x: Tensor) -> Tensor:
+            x = F.linear(x, self.patch_embed.proj.weight.flatten(1), self.patch_embed.proj.bias)
+            x = x.view(passes, n, k * m, c.embed_dim) + self.pos_embed[0, 1:][cells]
+            note("shuffled", x[0].view(n * k, m, c.embed_dim))
+            return x.view(-1, m, c.embed_dim)
+
+        heads, features = self.encode(x, lambda name, x: x, embed)
+        features = features.view(passes, n, k, m, c.decoder_embed_dim)
         hidden = self.hide(features[0], features[1] if passes == 2 else None, draws)
 
         position = self.decoder_pos_embed[0, 1:][cells]
@@ -351,14 +372,15 @@ class IMPure(nn.Module):
             (
                 features[0].flatten(1, 2) + position,
                 hidden.flatten(1, 2) + position,
-                self.head_tokens(heads[: n * k]),
+                again(self.head_tokens, heads[: n * k], kept="sides" in self.kept),
             ),
             dim=1,
         )  # [N, 2L + K, E]: what the replicas are made of
         x, last = packed, len(self.decoder_blocks) - 1
         for b, block in enumerate(self.decoder_blocks):  # only the hidden rows are used after the last one
             x = block(x, self.kept, chunks=k if b == 0 else 0, hides=k if b == last else 0)
-        patches = self.decoder_pred(self.decoder_norm(x)).view(n, k * m, 3 * c.patch_size**2)  # shuffled
+        patches = again(lambda x: self.decoder_pred(self.decoder_norm(x)), x, kept="sides" in self.kept)
+        patches = patches.view(n, k * m, 3 * c.patch_size**2)  # shuffled
         if not c.pixel_conv:
             return unshuffle(patches, order)
         return patch_assemble(patches, order, rows, cols, self.decoder_rb1.weight, self.decoder_rb1.bias)
@@ -376,16 +398,16 @@ class IMPure(nn.Module):
 
         x = self.normalise(images)
         tokens = note("shuffled", embed(x, "embedded"))
-        heads, latents = self.encode(tokens, note)
-        clean = self.features(latents).view(n, k, m, c.decoder_embed_dim)
+        heads, features = self.encode(tokens, note)
+        clean = features.view(n, k, m, c.decoder_embed_dim)
 
         noised = None
         if c.image_mask == "noise":
             assert draws.image_noise is not None
             noised_image = note("noised_image", self.add_noise(x, draws.image_step, draws.image_noise))
             tokens = embed(noised_image, "embedded_noise")
-            _, latents = self.encode(tokens, lambda name, x: note("noise_latent", x) if name == "latent" else x)
-            noised = self.features(latents).view(n, k, m, c.decoder_embed_dim)
+            _, features = self.encode(tokens, lambda name, x: note("noise_latent", x) if name == "latent" else x)
+            noised = features.view(n, k, m, c.decoder_embed_dim)
 
         decoded = self.decode(clean, self.hide(clean, noised, draws), self.head_tokens(heads), draws, cells, note)
         prediction = note("patches", self.decoder_pred(decoded))  # [N, L, 3pp]
