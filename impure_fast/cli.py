@@ -443,7 +443,9 @@ def export(
 
 
 def train(
-    data: Annotated[Path, typer.Option(metavar="FILE", help="Packed images (impure-fast data).")],
+    data: Annotated[
+        Path, typer.Option(metavar="FILE", help="Packed images (impure-fast data), or a folder of attacked pairs.")
+    ],
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="DIR", help="A new folder, or a run to go on with.")
     ],
@@ -456,6 +458,8 @@ def train(
     batch: Annotated[int | None, typer.Option(min=1, help="Pictures a step.")] = None,
     lr: Annotated[float | None, typer.Option(help="Highest learning rate.")] = None,
     seed: Annotated[int | None, typer.Option(min=0)] = None,
+    memory: Annotated[str | None, typer.Option(help="Kept for backward: all, default, tight or minimal.")] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Show what a step holds in memory, and train nothing.")] = False,
     device: Annotated[str, typer.Option(help="As torch names it.")] = "cpu",
 ) -> None:
     """Train a purifier against attacks on EfficientNet-Lite0; Ctrl-C saves, the same command goes on.
@@ -465,15 +469,22 @@ def train(
     from .classifiers import LITE0_MEAN, LITE0_STD, Normalised, efficientnet_lite0
     from .training import loop
 
-    given = dict(model=model, init=init, steps=steps, batch=batch, lr=lr, seed=seed)
+    given = dict(model=model, init=init, steps=steps, batch=batch, lr=lr, seed=seed, memory=memory)
     settings = loop.TrainConfig.from_file(config, **{k: v for k, v in given.items() if v is not None})
     _check_device(device)
     classifier = Normalised(efficientnet_lite0(), LITE0_MEAN, LITE0_STD)
+    if plan:
+        from rich.console import Console
+
+        from .training.plan import plan as planned
+
+        Console(highlight=False).print(*planned(loop.Networks.make(settings, classifier, device), settings).tables())
+        return
     with _progress("{task.fields[note]}") as progress:
         tasks: dict[str, Any] = {}
 
         def show(phase: str, done: int, total: int, figures: dict[str, float]) -> None:
-            note = f"loss {figures['loss']:.4f}" if "loss" in figures else ""
+            note = "loss {loss:.4f}, {pictures_per_second:.2f} images/s".format(**figures) if figures else ""
             if phase not in tasks:  # a resumed phase starts where it stands, so that its pace is right
                 tasks[phase] = progress.add_task(phase, total=total, completed=done, note=note)
             progress.update(tasks[phase], completed=done, note=note)

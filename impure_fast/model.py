@@ -12,7 +12,7 @@ Encoder batches are image-major (n*K + k); the oracle's decoder batches are repl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Sequence, Set
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from . import checkpoints
 from .config import NUM_STEPS, IMPureConfig
 from .draws import Draws, grid_of
 from .errors import ConfigError, InputTypeError
+from .memory import ALL, State, Step, again, run_steps
 from .ops import patch_assemble, patch_mask, reconstruction_attention
 from .ops._dispatch import wished
 from .ops.patch_assemble import unpatchify, unshuffle
@@ -37,6 +38,10 @@ def _ignore_tables(module: nn.Module, state: dict[str, Tensor], prefix: str, *re
     checkpoints.drop_tables(state, prefix)  # a named function, so that models can be pickled
 
 
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
+
+
 class Attention(nn.Module):
     """Multi-head self-attention; qkv rows are split as (3, heads, head width)."""
 
@@ -46,18 +51,26 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def attend(self, x: Tensor, hidden: Tensor | None = None, chunks: int = 0) -> Tensor:
-        """Attention before its projection.  x: [B, T, W] -> [B, T, W].
+    def project(self, x: Tensor, hides: int = 0) -> tuple[Tensor, ...]:
+        """Queries, keys and values of x [B, T, W]: one tensor [B, T, 3W], or two where only hidden rows ask.
 
-        hidden: [B, M, W], rows that ask in the place of all -> [B, M, W].
-        chunks: K, x being the packed rows [N, 2L + K, W] of all replicas -> [N*K, L + 1, W].
+        hides: K, of x [N*K, L + 1, W] the rows of chunk i ask in replica i -> [N*K, M, W], [N*K, L + 1, 2W].
         """
-        if hidden is None:
-            q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).unbind(2)
+        if not hides:
+            return (self.qkv(x),)
+        w, weight, bias = x.shape[2], self.qkv.weight, self.qkv.bias
+        return F.linear(hidden_rows(x, hides), weight[:w], bias[:w]), F.linear(x, weight[w:], bias[w:])
+
+    def attend(self, projected: Sequence[Tensor], chunks: int = 0) -> Tensor:
+        """Attention before its projection: what ``project`` gives -> [B, T, W].
+
+        chunks: K, the rows being the packed ones [N, 2L + K, W] of all replicas -> [N*K, L + 1, W].
+        """
+        if len(projected) == 1:
+            q, k, v = projected[0].unflatten(2, (3, self.heads, -1)).unbind(2)
         else:
-            w = x.shape[2]
-            q = F.linear(hidden, self.qkv.weight[:w], self.qkv.bias[:w]).unflatten(2, (self.heads, -1))
-            k, v = F.linear(x, self.qkv.weight[w:], self.qkv.bias[w:]).unflatten(2, (2, self.heads, -1)).unbind(2)
+            q = projected[0].unflatten(2, (self.heads, -1))
+            k, v = projected[1].unflatten(2, (2, self.heads, -1)).unbind(2)
         out = reconstruction_attention(q, k, v, chunks=chunks).flatten(-2)
         return out.flatten(0, 1) if chunks else out
 
@@ -70,9 +83,6 @@ class Mlp(nn.Module):
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
-
 
 class Block(nn.Module):
     """Pre-norm transformer block without dropout or layer scale."""
@@ -84,13 +94,41 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=eps)
         self.mlp = Mlp(width, int(width * mlp_ratio))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.add(x, self.attn.attend(self.norm1(x)))
+    def forward(
+        self, x: Tensor, kept: Set[str] = ALL, chunks: int = 0, hides: int = 0, enter: Callable[..., Tensor] = _as_it_is
+    ) -> Tensor:
+        """x: [B, T, W] -> [B, T, W].
 
-    def add(self, x: Tensor, attended: Tensor) -> Tensor:
-        """The block from the attention's projection on: x and attended are [B, T, W]."""
-        x = x + self.attn.proj(attended)
-        return x + self.mlp(self.norm2(x))
+        kept: what is stored for the backward pass (``memory``).
+        enter: makes the block's input of x, and may be computed again with it.
+        chunks: K, x being the packed rows [N, 2L + K, W] of all replicas -> [N*K, L + 1, W].
+        hides: K, only the hidden rows go on -> [N*K, M, W].
+        """
+
+        def rows(x: Tensor) -> Tensor:
+            if chunks:
+                x = x[:, replica_rows((x.shape[1] - chunks) // 2, chunks, x.device)].flatten(0, 1)
+            return hidden_rows(x, hides) if hides else x
+
+        def normed(x: Tensor) -> State:
+            x = enter(x)
+            return x, self.norm1(x)
+
+        def attend(x: Tensor, *projected: Tensor) -> State:
+            attended = self.attn.attend(projected, chunks)
+            return x, hidden_rows(attended, hides) if chunks and hides else attended
+
+        steps: tuple[Step, ...] = (
+            normed,
+            lambda x, normed: (x, *self.attn.project(normed, 0 if chunks else hides)),
+            attend,
+            lambda x, attended: (rows(x) + self.attn.proj(attended),),
+            lambda x: (x, self.norm2(x)),
+            lambda x, normed: (x, self.mlp.fc1(normed)),
+            lambda x, inner: (x, F.gelu(inner)),
+            lambda x, inner: (x + self.mlp.fc2(inner),),
+        )
+        return run_steps(steps, kept, x)[0]
 
 
 class PatchEmbed(nn.Module):
@@ -141,6 +179,8 @@ class IMPure(nn.Module):
 
     config: IMPureConfig; random weights by the authors' initialisation.
     load_report: what loading did with the keys of the file; None for random weights.
+    kept: what is stored for a backward pass, the rest is computed again (``memory.kept_by("tight")``); no part of the
+        weights, changes no result, and nothing where no gradient is wanted.
     """
 
     pos_embed: Tensor  # [1, 1 + T*T, D]
@@ -154,6 +194,7 @@ class IMPure(nn.Module):
             raise ConfigError(f"IMPure wants an IMPureConfig, got {type(config).__name__}; create_model takes names.")
         self.config = c = config
         self.load_report: checkpoints.LoadReport | None = None
+        self.kept: Set[str] = ALL
         d, e, k, values = c.embed_dim, c.decoder_embed_dim, c.num_chunks, 3 * c.patch_size**2
         self.cls_token = nn.Parameter(torch.empty(1, 1, d))
         self.proj_weights = nn.Parameter(torch.ones(len(c.out_indices) + 1, 1, 1, 1))
@@ -210,22 +251,39 @@ class IMPure(nn.Module):
         b = self.sqrt_one_minus_alphas_cumprod[step].view(shape)
         return a * x + b * noise.to(x.dtype)
 
-    def encode(self, tokens: Tensor, note: Note) -> tuple[Tensor, Tensor]:
-        """Encode every chunk on its own.  tokens: [N*K, M, D] -> its class token [N*K, D], latents [N*K, M, D]."""
+    def encode(
+        self, tokens: Tensor, note: Note, embed: Callable[[Tensor], Tensor] = _as_it_is
+    ) -> tuple[Tensor, Tensor]:
+        """Encode every chunk on its own.  tokens: [N*K, M, D] -> its class token [N*K, D], features [N*K, M, E].
+
+        embed: makes the tokens of what is given in their place.
+        """
         head = self.cls_token + self.pos_embed[:, :1]
-        x = torch.cat((head.expand(tokens.shape[0], -1, -1), tokens), dim=1)  # [N*K, 1 + M, D]
-        outputs = []
+
+        def enter(tokens: Tensor) -> Tensor:
+            tokens = embed(tokens)
+            return torch.cat((head.expand(tokens.shape[0], -1, -1), tokens), dim=1)  # [N*K, 1 + M, D]
+
+        x, outputs, layers = tokens, [], []
         for b, block in enumerate(self.blocks):
-            x = block(x)
+            x = block(x, self.kept, enter=_as_it_is if b else enter)
             if b == 0:
                 note("enc_block0", x)
             if b in self.config.out_indices:
-                outputs.append(self.proj_layers[self.config.out_indices.index(b)](x))
-        weights = self.proj_weights.softmax(dim=0)
-        mixed = note("enc_mix", sum(w * y for w, y in zip(weights.view(-1), [*outputs, x], strict=True)))
-        latent = self.norm(mixed)
+                outputs.append(x)
+                layers.append(self.proj_layers[self.config.out_indices.index(b)])
+
+        def mix(*outputs: Tensor) -> State:
+            sides = [layer(y) for layer, y in zip(layers, outputs, strict=False)]
+            weights = self.proj_weights.softmax(dim=0).view(-1)
+            mixed = sum(w * y for w, y in zip(weights, [*sides, outputs[-1]], strict=True))
+            latent = self.norm(mixed)
+            return mixed, latent, self.decoder_embed_norm(self.decoder_embed(latent[:, 1:]))
+
+        mixed, latent, features = again(mix, *outputs, x, kept="sides" in self.kept)
+        note("enc_mix", mixed)
         note("latent", latent)
-        return latent[:, 0], latent[:, 1:]
+        return latent[:, 0].contiguous(), features  # backward would keep a view's whole tensor
 
     def hide(self, clean: Tensor, noised: Tensor | None, draws: Draws) -> Tensor:
         """What chunk i becomes in replica i.  clean, noised: [N, K, M, E] -> [N, K, M, E] (SPEC 2.8)."""
@@ -248,7 +306,7 @@ class IMPure(nn.Module):
         head = note("head", heads.transpose(0, 1).reshape(k * n, 1, e))
         x = note("dec_in", torch.cat((head, x), dim=1))  # [K*N, 1 + L, E]
         for b, block in enumerate(self.decoder_blocks):
-            x = block(x)
+            x = block(x, self.kept)
             if b == 0:
                 note("dec_block0", x)
         x = self.decoder_norm(note("dec_out", x)[:, 1:]).view(k, n, k * m, e)
@@ -298,11 +356,15 @@ class IMPure(nn.Module):
         x = patch_mask(
             images, order, c.patch_size, c.mean, c.std, signal=signal, level=level, noise=draws.image_noise
         )  # [passes*N, L, 3pp]
-        x = F.linear(x, self.patch_embed.proj.weight.flatten(1), self.patch_embed.proj.bias)
-        x = x.view(passes, n, k * m, c.embed_dim) + self.pos_embed[0, 1:][cells]
-        note("shuffled", x[0].view(n * k, m, c.embed_dim))
-        heads, latents = self.encode(x.view(-1, m, c.embed_dim), lambda name, x: x)
-        features = self.decoder_embed_norm(self.decoder_embed(latents)).view(passes, n, k, m, c.decoder_embed_dim)
+
+        def embed(x: Tensor) -> Tensor:
+            x = F.linear(x, self.patch_embed.proj.weight.flatten(1), self.patch_embed.proj.bias)
+            x = x.view(passes, n, k * m, c.embed_dim) + self.pos_embed[0, 1:][cells]
+            note("shuffled", x[0].view(n * k, m, c.embed_dim))
+            return x.view(-1, m, c.embed_dim)
+
+        heads, features = self.encode(x, lambda name, x: x, embed)
+        features = features.view(passes, n, k, m, c.decoder_embed_dim)
         hidden = self.hide(features[0], features[1] if passes == 2 else None, draws)
 
         position = self.decoder_pos_embed[0, 1:][cells]
@@ -310,21 +372,15 @@ class IMPure(nn.Module):
             (
                 features[0].flatten(1, 2) + position,
                 hidden.flatten(1, 2) + position,
-                self.head_tokens(heads[: n * k]),
+                again(self.head_tokens, heads[: n * k], kept="sides" in self.kept),
             ),
             dim=1,
         )  # [N, 2L + K, E]: what the replicas are made of
-        x = packed[:, replica_rows(k * m, k, images.device)].flatten(0, 1)  # [N*K, 1 + L, E]
-        last = len(self.decoder_blocks) - 1
-        for b, block in enumerate(self.decoder_blocks):
-            hides = hidden_rows(x, k) if b == last else None  # only the hidden rows are used after the last block
-            if b == 0:
-                attended = block.attn.attend(block.norm1(packed), chunks=k)
-                attended = attended if hides is None else hidden_rows(attended, k)
-            else:
-                attended = block.attn.attend(block.norm1(x), None if hides is None else block.norm1(hides))
-            x = block.add(x if hides is None else hides, attended)
-        patches = self.decoder_pred(self.decoder_norm(x)).view(n, k * m, 3 * c.patch_size**2)  # shuffled
+        x, last = packed, len(self.decoder_blocks) - 1
+        for b, block in enumerate(self.decoder_blocks):  # only the hidden rows are used after the last one
+            x = block(x, self.kept, chunks=k if b == 0 else 0, hides=k if b == last else 0)
+        patches = again(lambda x: self.decoder_pred(self.decoder_norm(x)), x, kept="sides" in self.kept)
+        patches = patches.view(n, k * m, 3 * c.patch_size**2)  # shuffled
         if not c.pixel_conv:
             return unshuffle(patches, order)
         return patch_assemble(patches, order, rows, cols, self.decoder_rb1.weight, self.decoder_rb1.bias)
@@ -342,16 +398,16 @@ class IMPure(nn.Module):
 
         x = self.normalise(images)
         tokens = note("shuffled", embed(x, "embedded"))
-        heads, latents = self.encode(tokens, note)
-        clean = self.decoder_embed_norm(self.decoder_embed(latents)).view(n, k, m, c.decoder_embed_dim)
+        heads, features = self.encode(tokens, note)
+        clean = features.view(n, k, m, c.decoder_embed_dim)
 
         noised = None
         if c.image_mask == "noise":
             assert draws.image_noise is not None
             noised_image = note("noised_image", self.add_noise(x, draws.image_step, draws.image_noise))
             tokens = embed(noised_image, "embedded_noise")
-            _, latents = self.encode(tokens, lambda name, x: note("noise_latent", x) if name == "latent" else x)
-            noised = self.decoder_embed_norm(self.decoder_embed(latents)).view(n, k, m, c.decoder_embed_dim)
+            _, features = self.encode(tokens, lambda name, x: note("noise_latent", x) if name == "latent" else x)
+            noised = features.view(n, k, m, c.decoder_embed_dim)
 
         decoded = self.decode(clean, self.hide(clean, noised, draws), self.head_tokens(heads), draws, cells, note)
         prediction = note("patches", self.decoder_pred(decoded))  # [N, L, 3pp]

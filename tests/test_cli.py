@@ -372,7 +372,7 @@ def training(monkeypatch):
     def train(config, data, output, classifier, progress, device):
         calls.append((config, data, output, device))
         progress("pairs", 1, 2, {})
-        progress("train", 1, config.steps, {"loss": 0.5})
+        progress("train", 1, config.steps, {"loss": 0.5, "pictures_per_second": 3.0})
         return config.steps == 7
 
     monkeypatch.setattr(loop, "train", train)
@@ -393,11 +393,28 @@ def test_train_passes_only_what_was_given(tmp_path, run, training):
     assert training == [(wanted, tmp_path / "d.npz", tmp_path / "run", "cpu")]
 
 
+def test_train_plans_without_data_or_training(tmp_path, run, training, monkeypatch):
+    from impure_fast import classifiers
+
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setattr(classifiers, "efficientnet_lite0", lambda: torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3)))
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text('{"crop": 64, "guide_nodes": ["0"], "guide_weights": [1.0], "ema": 0.5}')
+    arguments = ["--data", tmp_path / "no.npz", "--output", tmp_path / "run", "--config", recipe]
+    code, text, errors = run("train", *arguments, "--plan", "--memory", "tight")
+    assert (code, errors, training) == (0, "", [])
+    rows = {cells[1].strip(): cells[2:-1] for line in text.splitlines() if len(cells := line.split("│")) > 3}
+    assert rows["tight (this run)"][-1].strip() == "0.0"
+    assert float(rows["all"][0]) > float(rows["default"][0]) > float(rows["tight (this run)"][0])
+    assert "encoder block 3" in rows and "running average" in rows
+    assert not (tmp_path / "run").exists()
+
+
 def test_interrupted_training_tells_how_to_go_on(tmp_path, run, training, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     code, text, errors = run("train", "--data", "d.npz", "--output", tmp_path, "--steps", 8)
     assert (code, text) == (0, f"interrupted and saved in {tmp_path}; the same command goes on from there.\n")
-    assert "loss 0.5000" in errors
+    assert "loss 0.5000, 3.00 images/s" in errors
 
 
 def test_train_refuses(tmp_path, run, training):

@@ -19,7 +19,7 @@ LAYERS = (
     ("philox", "images", "kernels"),
     ("ops",),
     ("draws",),
-    ("purify", "checkpoints"),
+    ("purify", "checkpoints", "memory"),
     ("model",),
     ("zoo",),
     ("timm", "attacks", "classifiers", "engine", "integrations"),

@@ -10,7 +10,10 @@ import signal
 import socket
 import subprocess
 import sys
+import tarfile
+import time
 from pathlib import Path
+from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -24,18 +27,27 @@ from impure_fast.classifiers import Normalised
 from impure_fast.draws import MixDraws
 from impure_fast.errors import CheckpointError, ConfigError, InputError, MissingFileError
 from impure_fast.images import PackedImages
+from impure_fast.memory import POLICIES, kept_by
 from impure_fast.ops.patch_mix import mix_mask, patch_mix
-from impure_fast.training.data import adversarial_pairs, batches
+from impure_fast.training import loop
+from impure_fast.training.data import adversarial_pairs, batches, stored_pairs
+from impure_fast.training.guide import Guide
 from impure_fast.training.loop import (
-    Guide,
+    FROZEN,
+    Networks,
     TrainConfig,
+    attack,
+    draw,
     from_tiles,
+    gradients,
     learning_rate,
     parameter_groups,
     step_losses,
     to_tiles,
     train,
 )
+from impure_fast.training.losses import lpips_network
+from impure_fast.training.plan import blocks_of, count_kept, plan
 
 TOY = IMPureConfig(
     image_size=8,
@@ -94,13 +106,17 @@ def weights(folder):
     return torch.load(folder / "checkpoint.pt", weights_only=True)["model"]
 
 
-def test_a_run_stopped_by_sigterm_goes_on_to_the_same_weights(settings, packed, classifier, tmp_path):
-    def stop_at_three(phase, done, total, figures):
-        if phase == "train" and done == 3:
+def terminate_at(step):
+    def progress(phase, done, total, figures):
+        if phase == "train" and done == step:
             os.kill(os.getpid(), signal.SIGTERM)
 
+    return progress
+
+
+def test_a_run_stopped_by_sigterm_goes_on_to_the_same_weights(settings, packed, classifier, tmp_path):
     assert train(settings, packed, tmp_path / "whole", classifier)
-    assert not train(settings, packed, tmp_path / "cut", classifier, progress=stop_at_three)
+    assert not train(settings, packed, tmp_path / "cut", classifier, progress=terminate_at(3))
     assert train(settings, packed, tmp_path / "cut", classifier)
     whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
@@ -132,7 +148,7 @@ def test_a_damaged_checkpoint_is_named(settings, packed, classifier, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(settings, packed, classifier, tmp_path):
-    with pytest.raises(Error, match="The loss is nan at step 0"):
+    with pytest.raises(Error, match=r"The loss is nan at step 0, pairs \[\d, \d\]: "):
         train(dataclasses.replace(settings, pixel_weight=float("nan")), packed, tmp_path / "run", classifier)
 
 
@@ -149,7 +165,14 @@ def test_missing_and_foreign_data_are_named(tmp_path):
     [
         ({"crop": 24}, "crop=24: must be a multiple of the tile"),
         ({"crop": 48}, "of at most view=40"),
+        ({"crop": 10}, "crop=10: must give patches of 4, in 4s"),
+        ({"crops": ((16, 2), (12, 2))}, "crop=12: must give patches of 4, in 4s"),
         ({"guide_weights": (1.0,)}, "give one for each of guide_nodes"),
+        ({"accumulate": 3}, "accumulate=3: must divide batch=2"),
+        ({"precision": "fp8"}, "precision='fp8': must be bf16 or fp32"),
+        ({"memory": "least"}, "memory='least': wanted one of all, default, tight, minimal"),
+        ({"freeze": "head"}, "freeze='head': must be empty, encoder or decoder"),
+        ({"lpips_trunk": "resnet"}, "lpips_trunk='resnet': must be one of alex, squeeze, vgg"),
         ({"mix_chunks": 1}, "mix_chunks=1: must be 0 or at least 2"),
         ({"model": "nothing"}, "model='nothing': known presets"),
     ],
@@ -164,11 +187,60 @@ def test_a_guide_node_that_does_not_exist_is_named(classifier):
         Guide(classifier, ["network.9"])
 
 
-def test_guide_features_are_the_modules_outputs(classifier):
+class Normed(nn.Module):
+    """Convolutions with batch norms that have seen data, an activation in place, and a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1, self.act = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(inplace=True)
+        self.conv2, self.bn2, self.head = nn.Conv2d(8, 8, 3, 2), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1)
+        self.unused, self.heads = nn.Identity(), 0
+
+    def forward(self, x):
+        x = self.bn2(self.conv2(self.act(self.bn1(self.conv1(x)))))
+        self.heads += 1
+        return self.head(x)
+
+
+@pytest.fixture
+def normed():
+    torch.manual_seed(0)
+    network = Normed()
+    for _ in range(3):
+        network(torch.rand(4, 3, 20, 20))
+    return network.eval()
+
+
+def test_guide_features_are_the_modules_outputs(normed):
     x = torch.rand(2, 3, 16, 16)
-    features = Guide(classifier, ["network.0", "network.4"])(x)
-    assert list(features) == ["network.0", "network.4"]
-    torch.testing.assert_close(features["network.4"], classifier(x))
+    features = Guide(normed, ["bn2", "conv1", "bn1"])(x)
+    assert list(features) == ["bn2", "conv1", "bn1"]
+    torch.testing.assert_close(features["conv1"], normed.conv1(x))
+    torch.testing.assert_close(features["bn1"], first := normed.bn1(normed.conv1(x)))
+    torch.testing.assert_close(features["bn2"], normed.bn2(normed.conv2(normed.act(first))))
+
+
+def test_a_guide_leaves_after_its_last_node(normed):
+    guide = Guide(normed, ["act", "bn1"])
+    before = guide.network.heads
+    guide(torch.rand(1, 3, 16, 16))
+    assert guide.network.heads == before
+    assert list(normed.state_dict()) != list(guide.network.state_dict())  # the caller's network is left alone
+
+
+def test_a_folded_guide_keeps_less_for_backward(normed):
+    x = torch.rand(2, 3, 64, 64, requires_grad=True)
+    kept = []
+    for network in (Guide(normed, ["bn2"]), normed.requires_grad_(False)):
+        with count_kept({}, [*normed.parameters(), *normed.buffers(), x]) as counted:
+            network(x)
+        kept.append(sum(counted.values()))
+    assert kept[0] < 0.6 * kept[1]
+
+
+def test_a_guide_node_that_is_never_called_is_named(normed):
+    with pytest.raises(ConfigError, match=r"\['unused'\] are never called"):
+        Guide(normed, ["bn1", "unused"])(torch.rand(1, 3, 16, 16))
 
 
 def test_pairs_change_pixels_and_stay_within_eps(packed, classifier, tmp_path):
@@ -196,16 +268,75 @@ def test_pairs_cut_in_the_middle_are_finished_alike(packed, classifier, tmp_path
         adversarial_pairs(tmp_path / "cut", images, classifier, **{**options, "seed": 2})
 
 
+@pytest.fixture
+def attacked_elsewhere(tmp_path):
+    """{key: (clean, adversarial)} and how to store it; the adversarial picture is the clean one turned by 128."""
+    rng = np.random.default_rng(1)
+    clean = {f"set/{i:03d}": rng.integers(0, 256, (44, 48, 3), dtype=np.uint8) for i in range(6)}
+
+    def png(rgb):
+        Image.fromarray(rgb).save(buffer := io.BytesIO(), "PNG")
+        return buffer.getvalue()
+
+    def store(shards):
+        source = tmp_path / "source"
+        source.mkdir()
+        for i, (key, rgb) in enumerate(clean.items()):
+            if shards:
+                with tarfile.open(source / f"{i // 4:06d}.tar", "a") as tar:
+                    for kind, data in (("adv.png", png(rgb ^ 128)), ("clean.jpg", png(rgb)), ("cls", b"7")):
+                        (member := tarfile.TarInfo(f"{key}.{kind}")).size = len(data)
+                        tar.addfile(member, io.BytesIO(data))
+            else:
+                for folder, picture in (("adv", rgb ^ 128), ("clean", rgb)):
+                    (path := source / folder / f"{key}.png").parent.mkdir(parents=True, exist_ok=True)
+                    path.write_bytes(png(picture))
+        return source
+
+    return list(clean.values()), store
+
+
+@pytest.mark.parametrize("shards", [True, False], ids=["shards", "folders"])
+def test_pairs_attacked_elsewhere_are_cut_alike(attacked_elsewhere, tmp_path, shards):
+    clean, store = attacked_elsewhere
+    source, options = store(shards), dict(count=6, side=40, seed=3)
+    pairs = stored_pairs(tmp_path / "pairs", source, **options)
+    assert np.array_equal(pairs.adversarial, pairs.clean ^ 128)
+    for picture, view in zip(clean, pairs.clean, strict=True):
+        windows = np.lib.stride_tricks.sliding_window_view(picture, (40, 40, 3))[:, :, 0]
+        assert (windows == view).all(axis=(2, 3, 4)).sum() == 1
+    again = stored_pairs(tmp_path / "pairs", tmp_path / "source", **options)
+    assert np.array_equal(again.clean, pairs.clean)
+    with pytest.raises(InputError, match=r"holds 6 pairs; pairs=7 asks for more"):
+        stored_pairs(tmp_path / "more", source, count=7, side=40, seed=3)
+    with pytest.raises(InputError, match=r"000.*: clean \(44, 48\), adv \(44, 48\); wanted one size from 45"):
+        stored_pairs(tmp_path / "large", source, count=6, side=45, seed=3)
+
+
+def test_a_damaged_pair_is_named(attacked_elsewhere, tmp_path):
+    source = attacked_elsewhere[1](False)
+    (source / "adv" / "set" / "002.png").write_bytes(b"no picture")
+    with pytest.raises(InputError, match=r"002.png holds a picture that cannot be read"):
+        stored_pairs(tmp_path / "pairs", source, count=6, side=40, seed=3)
+
+
+def test_a_run_trains_on_pairs_attacked_elsewhere(settings, attacked_elsewhere, classifier, tmp_path):
+    source = attacked_elsewhere[1](True)
+    assert train(dataclasses.replace(settings, pairs=6), source, tmp_path / "run", classifier)
+    assert len(log_of(tmp_path / "run")) == settings.steps
+
+
 def test_batches_are_a_function_of_seed_and_step(packed, classifier, tmp_path):
     pairs = adversarial_pairs(tmp_path, PackedImages(packed), classifier, count=8, side=40, seed=1)
     options = dict(batch=2, crop=32, seed=3, adversarial=0.5, noisy=0.2)
     source = batches(pairs, **options)
     third = [next(source) for _ in range(3)][2]
     again = next(batches(pairs, **options, start=2))
-    assert torch.equal(third[0], again[0])
+    assert third[0] == again[0]
     assert torch.equal(third[1], again[1])
-    assert third[0].min() >= 0
-    assert third[0].max() <= 1
+    assert torch.equal(third[2], again[2])
+    assert third[1].min() >= 0
+    assert third[1].max() <= 1
 
 
 def test_tiles_go_out_and_back():
@@ -232,14 +363,119 @@ def test_weight_decay_reaches_the_authors_tensors():
 
 
 def test_loss_terms_depend_on_the_mixing_switch(settings, classifier):
-    model = IMPure(TOY)
-    guide = Guide(classifier, ["network.0", "network.4"])
+    networks = Networks.make(settings, classifier)
     images, clean = torch.rand(2, 2, 3, 32, 32)
-    mixed = step_losses(model, settings, guide, images, clean, 0)
-    alone = step_losses(model, dataclasses.replace(settings, mix_chunks=0), guide, images, clean, 0)
+    mixed, alone = (
+        step_losses(networks, config, images, clean, *draw(config, TOY, 2, 0))
+        for config in (settings, dataclasses.replace(settings, mix_chunks=0))
+    )
     assert list(mixed) == ["pix", "hgd0_loss", "hgd1_loss"]
     assert mixed["pix"] == alone["pix"]
     assert mixed["hgd0_loss"] != alone["hgd0_loss"]
+
+
+@pytest.mark.parametrize("memory", sorted(POLICIES))
+def test_the_plan_says_what_a_step_keeps(settings, memory):
+    config = dataclasses.replace(settings, memory=memory, ema=0.9)
+    networks = Networks.make(config, toy_classifier())
+    model, guide, ledger = networks.model, networks.guide, plan(networks, config)
+    assert model.kept == kept_by(memory)
+    sizes = [4 * p.numel() for p in model.parameters()]
+    assert ledger.fixed["gradients"] == ledger.fixed["running average"] == ledger.fixed["optimiser"] / 2 == sum(sizes)
+
+    images, clean = torch.rand(2, config.batch, 3, config.crop, config.crop)
+    owned = [t for m in (model, guide.network) for t in (*m.parameters(), *m.buffers())]
+    with count_kept({**blocks_of(model), "guide": guide.network}, [*owned, images, clean]) as measured:
+        step_losses(networks, config, images, clean, *draw(config, TOY, config.batch, 0))
+    assert ledger.activations[memory] == pytest.approx(measured, rel=0.01)  # fake norms keep bf16 statistics
+    assert min(measured.values()) > 0
+
+
+def test_a_run_goes_on_under_another_memory_policy_to_the_same_weights(settings, packed, classifier, tmp_path):
+    train(settings, packed, tmp_path / "whole", classifier)
+    for memory, stop in (("all", 3), ("minimal", None)):
+        config = dataclasses.replace(settings, memory=memory)
+        train(config, packed, tmp_path / "cut", classifier, progress=terminate_at(stop))
+    whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+def test_a_config_without_newer_fields_still_resumes(settings, packed, classifier, tmp_path):
+    train(settings, packed, tmp_path / "run", classifier, progress=terminate_at(3))
+    stored = tmp_path / "run" / "config.json"
+    fields = json.loads(stored.read_text())
+    del fields["memory"], fields["ema"]
+    stored.write_text(json.dumps(fields))
+    assert train(settings, packed, tmp_path / "run", classifier)
+
+
+def test_pre_training_draws_a_crop_for_each_step_and_attacks_nothing(settings, packed, classifier, tmp_path):
+    clean = dict(adversarial=0.0, noisy=0.0, guide_nodes=(), guide_weights=(), crops=((8, 8), (32, 2), (16, 4)))
+    settings = dataclasses.replace(settings, **clean)
+    drawn = [settings.at(step) for step in range(40)]
+    assert {(now.crop, now.batch) for now in drawn} == set(settings.crops)
+    assert drawn == [settings.at(step) for step in range(40)]
+    for name, end in (("whole", None), ("cut", 3), ("cut", None)):
+        train(settings, packed, tmp_path / name, classifier, progress=terminate_at(end))
+    whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+    pairs = [np.load(tmp_path / "whole" / "pairs" / f"{name}.npy") for name in ("clean", "adversarial")]
+    assert np.array_equal(*pairs) and pairs[0].any()
+    assert TrainConfig.from_file(tmp_path / "whole" / "config.json") == settings
+
+
+@pytest.mark.parametrize("half", FROZEN)
+def test_a_frozen_half_keeps_its_weights(settings, packed, classifier, tmp_path, half):
+    settings = dataclasses.replace(settings, freeze=half, steps=2)
+    before = Networks.make(settings, classifier).model.state_dict()
+    train(settings, packed, tmp_path / "run", classifier)
+    still = {name for name, value in weights(tmp_path / "run").items() if torch.equal(value, before[name])}
+    mask_token = {"mask_token"}  # nothing reads it where noise hides
+    assert still - mask_token == {name for name in before if name.startswith(FROZEN[half])} - mask_token
+    assert {name for name in before if name.startswith(sum(FROZEN.values(), ()))} == set(before)
+
+
+def test_adversarial_training_adds_pictures_attacked_through_the_purifier(settings, classifier):
+    settings = dataclasses.replace(settings, attack_steps=3, precision="fp32")
+    networks = Networks.make(settings, classifier)
+    images, clean = torch.rand(2, 2, 3, 32, 32)
+    attacked = attack(networks, settings, images, clean, seed=5)
+    assert torch.equal(attacked, attack(networks, settings, images, clean, seed=5))
+    assert 3 / 255 < (attacked - images).abs().max() <= settings.attack_eps + 0.6 / 255  # rounded to 8 bits
+    assert networks.model.training
+    assert all(p.grad is None for p in networks.model.parameters())
+
+    shown = []
+    reconstruct = networks.model.reconstruct
+    networks.model.reconstruct = lambda tiles, draws: shown.append(len(tiles)) or reconstruct(tiles, draws)
+    gradients(networks, settings, (images, clean), step=0)
+    assert shown[-1] == 2 * 2 * (32 // TOY.tile_size) ** 2
+
+
+@pytest.fixture
+def random_lpips(monkeypatch):
+    monkeypatch.setattr(loop, "lpips_network", lambda trunk: lpips_network("squeeze", random=True))
+
+
+def test_lpips_stands_in_for_the_guide(settings, classifier, random_lpips):
+    config = dataclasses.replace(settings, guide_nodes=(), guide_weights=(), lpips=0.5)
+    networks = Networks.make(config, classifier)
+    images, clean = torch.rand(2, 2, 3, 32, 32)
+    terms = gradients(networks, config, (images, clean), step=0)
+    assert list(terms) == ["pix", "lpips_loss"]
+    networks.model.zero_grad()
+    double = gradients(networks, dataclasses.replace(config, lpips=1.0), (images, clean), step=0)
+    assert double["lpips_loss"] == pytest.approx(2 * terms["lpips_loss"])
+    assert all(p.grad is None for p in networks.lpips.parameters())
+
+
+def test_a_missing_lpips_trunk_names_file_and_folder(monkeypatch):
+    def offline(**options):
+        raise URLError("no network")
+
+    monkeypatch.setattr("lpips.LPIPS", offline)
+    with pytest.raises(MissingFileError, match=r"alexnet-owt-\w+.pth into .*checkpoints"):
+        lpips_network("alex")
 
 
 def test_mixing_shows_about_one_chunk_of_the_input():
@@ -264,32 +500,77 @@ def test_mixed_pixels_come_from_the_image_the_mask_names():
 
 WORKER = """
 import os, sys, torch
-torch.set_num_threads(1)
+torch.set_num_threads({threads})
 sys.path.insert(0, {root!r})
-from torch import nn
 from impure_fast import config
 from impure_fast.training.loop import TrainConfig, train
-from tests.test_training import TOY, OPTIONS, toy_classifier
+from tests.test_training import TOY, toy_classifier
 config.PRESETS["toy"] = TOY
-assert train(TrainConfig(model="toy", **OPTIONS), {data!r}, {out!r}, toy_classifier())
+assert train(TrainConfig.from_file({recipe!r}), {data!r}, {out!r}, toy_classifier())
 """
 
 
-def test_two_processes_share_a_batch_and_log_what_one_logs(settings, packed, classifier, tmp_path):
+@pytest.fixture
+def start(packed, tmp_path):
+    """start(settings, folder, **environment) -> a process that trains."""
+
+    def call(settings, folder, **environment):
+        recipe = tmp_path / "recipe.json"
+        recipe.write_text(json.dumps(dataclasses.asdict(settings)))
+        paths = dict(
+            threads=torch.get_num_threads(),
+            root=str(Path(__file__).parents[1]),
+            recipe=str(recipe),
+            data=str(packed),
+            out=str(folder),
+        )
+        return subprocess.Popen([sys.executable, "-c", WORKER.format(**paths)], env={**os.environ, **environment})
+
+    return call
+
+
+def log_of(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def assert_same_run(one, other, tolerance=1e-5):
+    assert [row["step"] for row in other] == [row["step"] for row in one]
+    for a, b in zip(one, other, strict=True):
+        for name in ("loss", "pix", "hgd0_loss", "hgd1_loss"):
+            assert b[name] == pytest.approx(a[name], rel=tolerance), f"{name} of step {a['step']}"
+
+
+def test_two_processes_log_what_one_logs(settings, packed, classifier, start, tmp_path):
+    settings = dataclasses.replace(settings, precision="fp32")
     train(settings, packed, tmp_path / "one", classifier)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    code = WORKER.format(root=str(Path(__file__).parents[1]), data=str(packed), out=str(tmp_path / "two"))
-    shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    workers = [subprocess.Popen([sys.executable, "-c", code], env={**shared, "RANK": str(rank)}) for rank in range(2)]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    workers = [start(settings, tmp_path / "two", **shared, RANK=str(rank)) for rank in range(2)]
     assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
-    logs = [
-        [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
-        for name in ("one", "two")
-    ]
-    assert [row["step"] for row in logs[1]] == [row["step"] for row in logs[0]]
-    for one, two in zip(*logs, strict=True):
-        # Gradients are summed in another order, in bf16; the losses of equal weights agree far closer.
-        assert two["loss"] == pytest.approx(one["loss"], rel=1e-5 if one["step"] == 0 else 2e-2)
-        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=5e-2)
+    assert_same_run(log_of(tmp_path / "one"), log_of(tmp_path / "two"))
+
+
+def test_accumulated_parts_log_what_the_whole_batch_logs(settings, packed, classifier, tmp_path):
+    settings = dataclasses.replace(settings, precision="fp32")
+    train(settings, packed, tmp_path / "one", classifier)
+    train(dataclasses.replace(settings, accumulate=2), packed, tmp_path / "two", classifier)
+    assert_same_run(log_of(tmp_path / "one"), log_of(tmp_path / "two"))
+
+
+def test_a_run_killed_at_any_moment_goes_on_to_the_same_losses_and_weights(
+    settings, packed, classifier, start, tmp_path
+):
+    settings = dataclasses.replace(settings, steps=20, save_every=5, ema=0.9)
+    train(settings, packed, tmp_path / "whole", classifier)
+    victim, log = start(settings, tmp_path / "cut"), tmp_path / "cut" / "log.jsonl"
+    until = 1 + int.from_bytes(os.urandom(1)) % 15
+    while victim.poll() is None and not (log.exists() and log.read_text().count("\n") >= until):
+        time.sleep(0.002)
+    victim.kill()
+    assert victim.wait(timeout=60) == -signal.SIGKILL
+    assert train(settings, packed, tmp_path / "cut", classifier)
+    assert_same_run(log_of(tmp_path / "whole"), log_of(tmp_path / "cut"), tolerance=0)
+    whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)

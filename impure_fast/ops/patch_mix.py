@@ -13,7 +13,6 @@ from torch import Tensor
 
 from ..errors import InputError
 from . import _dispatch, _lib
-from ._native import constant_when_traced
 
 
 class Mixing(Protocol):
@@ -44,11 +43,10 @@ def patch_mix(purified: Tensor, images: Tensor, draws: Mixing, patch: int, *, ba
     return _dispatch.run(SPEC, backend, purified, images, draws.order, start, stop, patch)
 
 
-@constant_when_traced
 def shown(tokens: int, chunks: int, index: int) -> tuple[int, int]:
     """Shuffled places [start, stop) that show the input."""
-    edges = torch.linspace(0, tokens - 1, chunks + 1).round().long().tolist()
-    return edges[index], edges[index + 1]
+    start, stop = (round(edge * (tokens - 1) / chunks) for edge in (index, index + 1))
+    return start, stop
 
 
 def mix_mask(draws: Mixing, rows: int, cols: int, patch: int) -> Tensor:

@@ -1,20 +1,24 @@
-"""Training data: adversarial views of packed photographs, on disk, and the batches drawn from them."""
+"""Training data: clean and adversarial views on disk, made or taken from elsewhere, and the batches drawn from them."""
 
 from __future__ import annotations
 
 import json
+import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor, nn
 
 from ..attacks import pgd
 from ..errors import InputError
-from ..images import PackedImages, random_view
+from ..images import PackedImages, find_images, random_view
 from ..purify import to_bytes, to_float
 
 
@@ -42,47 +46,121 @@ def adversarial_pairs(
 
     classifier takes [0, 1]; its own decision on the clean view is the label, so no annotation is used.
     Each batch draws its eps uniformly and is a function of seed and batch number, so a killed run goes on.
-    Results are rounded to 8 bits.
+    Results are rounded to 8 bits.  eps=(0, 0) attacks nothing, and both are the clean views.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     recipe = dict(count=count, side=side, seed=seed, eps=eps, batch=batch, images=len(images))
-    state = folder / "pairs.json"
-    arrays = []
-    for name in ("clean", "adversarial"):
-        path = folder / f"{name}.npy"
-        if not path.exists():
-            np.lib.format.open_memmap(path, "w+", np.uint8, (count, side, side, 3)).flush()
-        arrays.append(np.load(path, mmap_mode="r+"))
-    done = 0
-    if state.exists():
-        stored = json.loads(state.read_text())
-        if stored["recipe"] != json.loads(json.dumps(recipe)):
-            raise InputError(f"{folder} holds pairs of another recipe ({stored['recipe']}); choose another folder.")
-        done = stored["done"]
+    store, done = _open(Path(folder), recipe)
     for start in range(done, count, batch):
         stop = min(start + batch, count)
         rng = np.random.default_rng([seed, start])
         order = np.random.default_rng([seed, 1 << 32, start // len(images)])
         which = order.permutation(len(images))
         views = np.stack([random_view(images[which[i % len(images)]], side, rng) for i in range(start, stop)])
-        x = to_float(views)
-        with torch.no_grad():
-            labels = classifier(x).argmax(dim=1)
+        store.clean[start:stop] = store.adversarial[start:stop] = views
         size = float(rng.uniform(*eps))
-        own_seed = seed * 1_000_003 + start
-        attacked = pgd(classifier, x, labels, eps=size, steps=6, step_size=size / 3, seed=own_seed)
-        arrays[0][start:stop] = views
-        arrays[1][start:stop] = to_bytes(attacked)
-        state.write_text(json.dumps({"recipe": recipe, "done": stop}))
+        if size:
+            x = to_float(views)
+            with torch.no_grad():
+                labels = classifier(x).argmax(dim=1)
+            own_seed = seed * 1_000_003 + start
+            attacked = pgd(classifier, x, labels, eps=size, steps=6, step_size=size / 3, seed=own_seed)
+            store.adversarial[start:stop] = to_bytes(attacked)
+        _note(Path(folder), recipe, stop)
         progress(stop, count)
-    return Pairs(arrays[0], arrays[1])
+    return store
+
+
+def stored_pairs(
+    folder: str | Path,
+    source: str | Path,
+    *,
+    count: int,
+    side: int,
+    seed: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Pairs:
+    """Take (or finish, or just open) the first ``count`` pairs of ``source``, attacked elsewhere.
+
+    source: a folder of WebDataset shards (*.tar with KEY.adv.png and KEY.clean.jpg; others are passed over), or with
+        the sub-folders adv and clean, whose files have the same names but for the suffix.
+    The same random window of ``side`` pixels is cut from both.  Raises InputError naming the pair that does not fit.
+    """
+    recipe = dict(count=count, side=side, seed=seed, source=str(source))
+    store, done = _open(Path(folder), recipe)
+    for i, (key, clean, adversarial) in enumerate(_files(Path(source)) if done < count else ()):
+        if i < done:
+            continue
+        rgb = _decode(key, clean), _decode(key, adversarial)
+        height, width = rgb[0].shape[:2]
+        if rgb[0].shape != rgb[1].shape or min(height, width) < side:
+            raise InputError(f"{key}: clean {rgb[0].shape[:2]}, adv {rgb[1].shape[:2]}; wanted one size from {side}.")
+        rng = np.random.default_rng([seed, i])
+        top, left = rng.integers(height - side + 1), rng.integers(width - side + 1)
+        store.clean[i], store.adversarial[i] = (x[top : top + side, left : left + side] for x in rgb)
+        done = i + 1
+        _note(Path(folder), recipe, done)
+        progress(done, count)
+        if done == count:
+            break
+    if done < count:
+        raise InputError(f"{source} holds {done} pairs; pairs={count} asks for more.")
+    return store
+
+
+def _files(source: Path) -> Iterator[tuple[str, IO[bytes] | Path, IO[bytes] | Path]]:
+    """(key, clean, adversarial) of every pair of ``source``."""
+    for shard in sorted(source.glob("*.tar")):
+        found: dict[str, dict[str, BytesIO]] = {}
+        with tarfile.open(shard) as tar:
+            for member in tar:
+                key, _, suffixes = member.name.partition(".")
+                kind = suffixes.split(".")[0]
+                if kind in ("adv", "clean") and (file := tar.extractfile(member)) is not None:
+                    parts = found.setdefault(key, {})
+                    parts[kind] = BytesIO(file.read())
+                    if len(parts) == 2:
+                        yield f"{shard}/{key}", parts["clean"], parts["adv"]
+                        del found[key]
+    if (source / "clean").is_dir():
+        attacked = {relative.with_suffix(""): path for path, relative in find_images([source / "adv"], recursive=True)}
+        for path, relative in find_images([source / "clean"], recursive=True):
+            if (other := attacked.get(relative.with_suffix(""))) is not None:
+                yield str(path), path, other
+
+
+def _decode(key: str, file: IO[bytes] | Path) -> NDArray[np.uint8]:
+    try:
+        return np.array(Image.open(file).convert("RGB"))
+    except OSError as error:
+        raise InputError(f"{key} holds a picture that cannot be read: {error}.") from error
+
+
+def _open(folder: Path, recipe: dict[str, Any]) -> tuple[Pairs, int]:
+    """The arrays in ``folder``, made if missing, and how many pairs they hold already."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shape = (recipe["count"], recipe["side"], recipe["side"], 3)
+    for name in ("clean", "adversarial"):
+        if not (path := folder / f"{name}.npy").exists():
+            np.lib.format.open_memmap(path, "w+", np.uint8, shape).flush()
+    done = 0
+    if (state := folder / "pairs.json").exists():
+        stored = json.loads(state.read_text())
+        if stored["recipe"] != json.loads(json.dumps(recipe)):
+            raise InputError(f"{folder} holds pairs of another recipe ({stored['recipe']}); choose another folder.")
+        done = stored["done"]
+    return Pairs(*(np.load(folder / f"{name}.npy", mmap_mode="r+") for name in ("clean", "adversarial"))), done
+
+
+def _note(folder: Path, recipe: dict[str, Any], done: int) -> None:
+    (folder / "pairs.json").write_text(json.dumps({"recipe": recipe, "done": done}))
 
 
 def batches(
     pairs: Pairs, *, batch: int, crop: int, seed: int, adversarial: float, noisy: float, start: int = 0
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless (input, clean) batches, float [batch, 3, crop, crop]; step ``start`` on is a function of the seed.
+) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    """Endless batches (places of the pairs, inputs, clean pictures), the latter float [batch, 3, crop, crop].
+
+    Step ``start`` on is a function of the seed.
 
     Of the inputs a share ``adversarial`` carries its perturbation, scaled by 0.4 to 1.1, a share ``noisy``
     sign noise of 2 to 14/255, and the rest nothing.  Crops are random, the same for both.
@@ -111,5 +189,5 @@ def batches(
         x, y = (
             torch.from_numpy(np.stack(a).astype(np.float32)).permute(0, 3, 1, 2).contiguous() for a in (inputs, cleans)
         )
-        yield x, y
+        yield which.tolist(), x, y
         step += 1

@@ -11,25 +11,37 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from ..attacks import pgd
 from ..checkpoints import load_state, read_safetensors, save_safetensors
+from ..classifiers import Normalised
 from ..config import PRESETS, IMPureConfig
 from ..draws import Draws, MixDraws
 from ..errors import CheckpointError, ConfigError, Error
 from ..images import write_atomically
+from ..memory import kept_by
 from ..model import IMPure
-from .data import PackedImages, Pairs, adversarial_pairs, batches
-from .losses import guided_loss, pixel_loss
+from ..purify import PurifiedClassifier
+from .data import PackedImages, Pairs, adversarial_pairs, batches, stored_pairs
+from .guide import Guide
+from .losses import TRUNKS, guided_loss, lpips_network, pixel_loss
+
+# Beginnings of the names of the tensors that each half of the network owns (SPEC section 6).
+FROZEN = {
+    "encoder": ("cls_token", "patch_embed.", "blocks.", "norm."),
+    "decoder": ("decoder_", "mask_token", "proj_"),
+}
 
 Progress = Callable[[str, int, int, dict[str, float]], None]
 
@@ -39,15 +51,25 @@ class TrainConfig:
     """One training run.
 
     model: preset name.  steps, batch: optimiser steps and pictures a step.
-    crop: side of a training picture; it is cut into tiles of the model's tile_size, as in use.
+    crop: side of a training picture; a larger one than the model's tile_size is cut into tiles, as in use.
+    crops: ((crop, batch), ...) in place of both, one drawn for each step; () keeps to them.
     init: weights to begin from (a safetensors file); None begins from random ones.
     pairs: clean and adversarial views made before the first step, of side ``view``; the last ``held_out``
-        pictures of the data are never used.
-    adversarial, noisy: shares of the inputs with a perturbation and with sign noise; the others are clean.
+        pictures of the data are never used.  Pairs attacked elsewhere are the first so many of their folder.
+    adversarial, noisy: shares of the inputs with a perturbation and with sign noise; the others are clean.  With
+        neither, and no guide_nodes, this is pre-training.
     lr, warmup, weight_decay, clip: AdamW (0.9, 0.95), linear warm-up steps, then cosine to 0.
+    accumulate: parts that a process takes one after the other for one step; same result in less memory.
+    precision: bf16 (autocast) or fp32.
     ema: decay of the weights' running average, which is then what the run gives; 0 gives the last weights.
     guide_nodes, guide_weights: nodes of EfficientNet-Lite0 and the weights of their L1 terms.
+    lpips, lpips_trunk: weight of LPIPS between purified and clean picture, beside or in place of the guide (no
+        guide_nodes); alex, squeeze or vgg.
+    attack_steps: of PGD through purifier and classifier before each step, whose result joins the batch (SPEC section
+        6, ``adv_train``); attack_eps, attack_step_size in the pictures' units.
+    freeze: "encoder" or "decoder", which then keeps its weights; the decoder with the side layers.
     mix_chunks: at most this many chunks in patch mixing (SPEC section 5); 0 shows the guide no input patches.
+    memory: what is kept for backward: all, default, tight or minimal; changes no result, and may change in a run.
     """
 
     model: str = "impure_tiny"
@@ -71,17 +93,53 @@ class TrainConfig:
     mix_chunks: int = 4
     seed: int = 0
     save_every: int = 200
+    memory: str = "default"
+    accumulate: int = 1
+    precision: str = "bf16"
+    lpips: float = 0.0
+    lpips_trunk: str = "vgg"
+    attack_steps: int = 0
+    attack_eps: float = 16 / 255
+    attack_step_size: float = 4 / 255
+    freeze: str = ""
+    crops: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
-        tile = self.model_config.tile_size
+        network, tile = self.model_config, self.tile
         if self.crop % tile or self.crop > self.view:
             raise ConfigError(f"crop={self.crop}: must be a multiple of the tile ({tile}) of at most view={self.view}.")
+        if tile % network.patch_size or (tile // network.patch_size) ** 2 % network.num_chunks:
+            raise ConfigError(f"crop={self.crop}: must give patches of {network.patch_size}, in {network.num_chunks}s.")
         if len(self.guide_nodes) != len(self.guide_weights):
             raise ConfigError(f"guide_weights={self.guide_weights}: give one for each of guide_nodes.")
         if self.mix_chunks == 1 or self.mix_chunks < 0:
             raise ConfigError(f"mix_chunks={self.mix_chunks}: must be 0 or at least 2.")
         if not 0 <= self.ema < 1:
             raise ConfigError(f"ema={self.ema}: must be in [0, 1).")
+        if self.accumulate < 1 or self.batch % self.accumulate:
+            raise ConfigError(f"accumulate={self.accumulate}: must divide batch={self.batch}.")
+        if self.precision not in ("bf16", "fp32"):
+            raise ConfigError(f"precision={self.precision!r}: must be bf16 or fp32.")
+        if self.freeze not in ("", *FROZEN):
+            raise ConfigError(f"freeze={self.freeze!r}: must be empty, {' or '.join(FROZEN)}.")
+        if self.lpips_trunk not in TRUNKS:
+            raise ConfigError(f"lpips_trunk={self.lpips_trunk!r}: must be one of {', '.join(TRUNKS)}.")
+        kept_by(self.memory)
+        for crop, batch in self.crops:
+            replace(self, crop=crop, batch=batch, crops=())  # checks them
+
+    @property
+    def tile(self) -> int:
+        """Side of what the network is given."""
+        return min(self.model_config.tile_size, self.crop)
+
+    def at(self, step: int) -> TrainConfig:
+        """The config of one step: with one of ``crops`` as its crop and batch."""
+        if not self.crops:
+            return self
+        index = int(np.random.default_rng([self.seed, 2 << 32, step]).integers(len(self.crops)))
+        crop, batch = self.crops[index]
+        return replace(self, crop=crop, batch=batch, crops=())
 
     @classmethod
     def from_file(cls, path: str | Path | None, **changes: Any) -> TrainConfig:
@@ -97,6 +155,8 @@ class TrainConfig:
         if unknown := sorted(set(values) - known):
             raise ConfigError(f"Unknown training fields {unknown}; known are {sorted(known)}.")
         values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        if "crops" in values:
+            values["crops"] = tuple(map(tuple, values["crops"]))
         return cls(**values)
 
     @property
@@ -106,31 +166,36 @@ class TrainConfig:
         return PRESETS[self.model]
 
 
-class Guide:
-    """A frozen network as guide: images in [0, 1] -> {node: features}, in the order of ``nodes``.
+@dataclass
+class Networks:
+    """The purifier, and the frozen networks by which it is judged and attacked; None where the config has no use."""
 
-    network: takes [0, 1] images (``classifiers.Normalised``); nodes: dotted names of its modules.
-    Hooks, because timm's padding layers cannot be traced into a shorter network.
-    """
+    model: IMPure
+    guide: Guide | None
+    lpips: nn.Module | None
+    attacked: nn.Module | None
 
-    def __init__(self, network: nn.Module, nodes: Sequence[str]) -> None:
-        self.network, self.nodes = network, tuple(nodes)
-        self._features: dict[str, Tensor] = {}
-        modules = dict(network.named_modules())
-        if missing := [node for node in nodes if node not in modules]:
-            raise ConfigError(f"guide_nodes {missing} are no modules of the guide network.")
-        for node in nodes:
-            modules[node].register_forward_hook(self._keep(node))
+    @classmethod
+    def make(cls, config: TrainConfig, classifier: Normalised, device: str = "cpu") -> Networks:
+        """The purifier as the run begins with it; ``classifier`` is the guide, and what is attacked."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            model = IMPure(config.model_config)
+        if config.init is not None:
+            load_state(model, read_safetensors(config.init)[1], config.init)
+        model.kept = kept_by(config.memory)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(not name.startswith(FROZEN.get(config.freeze, ())))
+        model, classifier = model.to(device).train(), classifier.to(device)
+        nodes = [f"network.{node}" for node in config.guide_nodes]
+        lpips = lpips_network(config.lpips_trunk).to(device) if config.lpips else None
+        guide = Guide(classifier, nodes) if nodes else None
+        return cls(model, guide, lpips, classifier if config.attack_steps else None)
 
-    def _keep(self, node: str) -> Callable[[nn.Module, Any, Tensor], None]:
-        def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
-            self._features[node] = output
-
-        return hook
-
-    def __call__(self, images: Tensor) -> dict[str, Tensor]:
-        self.network(images)
-        return {node: self._features.pop(node) for node in self.nodes}
+    def judges(self) -> dict[str, nn.Module]:
+        """{"guide": module, "lpips": module}, those that there are."""
+        found = {"guide": self.guide.network if self.guide else None, "lpips": self.lpips}
+        return {name: module for name, module in found.items() if module is not None}
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -161,33 +226,75 @@ def from_tiles(tiles: Tensor, pictures: int, side: int) -> Tensor:
     return F.fold(columns, side, tiles.shape[-1], stride=tiles.shape[-1])
 
 
+def draw(
+    config: TrainConfig, network: IMPureConfig, n: int, step: int, first: int = 0, device: torch.device | str = "cpu"
+) -> tuple[Draws, list[MixDraws] | None]:
+    """The randomness of a batch of n pictures, or of the share of it that begins with picture ``first``."""
+    seed, count = config.seed << 32 | step, (config.crop // config.tile) ** 2
+    shape = (n * count, 3, config.tile, config.tile)
+    streams = torch.arange(n * count) + first * count
+    draws = Draws.sample(network, shape, seed, streams, training=True, device=device)
+    if not config.mix_chunks:
+        return draws, None
+    tokens = (config.crop // network.patch_size) ** 2
+    return draws, [MixDraws.sample(tokens, n, seed, torch.arange(n) + first, config.mix_chunks, device=device)]
+
+
 def step_losses(
-    model: IMPure,
+    networks: Networks,
     config: TrainConfig,
-    guide: Callable[[Tensor], dict[str, Tensor]],
     images: Tensor,
     clean: Tensor,
-    step: int,
-    first: int = 0,
+    draws: Draws,
+    mixing: list[MixDraws] | None,
 ) -> dict[str, Tensor]:
-    """Loss terms of a batch, or of the share of it that begins with picture ``first``.
-
-    images, clean: [n, 3, crop, crop] in [0, 1].
-    """
-    tiles = to_tiles(images, model.config.tile_size)
-    seed, n, device = config.seed << 32 | step, len(images), images.device
-    streams = torch.arange(len(tiles)) + first * (len(tiles) // n)
-    draws = Draws.sample(model.config, tiles.shape, seed, streams, training=True, device=device)
-    with torch.autocast(device.type, torch.bfloat16):
+    """Loss terms of pictures.  images, clean: [n, 3, crop, crop] in [0, 1]; draws, mixing: from ``draw``."""
+    model = networks.model
+    tiles = to_tiles(images, config.tile)
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
         prediction, _ = model.reconstruct(tiles, draws)
-    prediction = from_tiles(prediction.float(), n, config.crop)
-    mixing = None
-    if config.mix_chunks:
-        tokens = (config.crop // model.config.patch_size) ** 2
-        streams = torch.arange(n) + first
-        mixing = [MixDraws.sample(tokens, n, seed, streams, config.mix_chunks, device=device)]
+    prediction = from_tiles(prediction.float(), len(images), config.crop)
     terms = {"pix": config.pixel_weight * pixel_loss(model, prediction, images, clean)}
-    return terms | guided_loss(model, prediction, images, clean, [guide], [config.guide_weights], mixing)
+    if networks.guide is not None:
+        terms |= guided_loss(model, prediction, images, clean, [networks.guide], [config.guide_weights], mixing)
+    if networks.lpips is not None:
+        distance = networks.lpips(model.unnormalise(prediction), clean, normalize=True)  # [n, 1, 1, 1]
+        terms["lpips_loss"] = config.lpips * distance.mean()
+    return terms
+
+
+def attack(networks: Networks, config: TrainConfig, images: Tensor, clean: Tensor, seed: int) -> Tensor:
+    """PGD on pictures through purifier and classifier, away from the classifier's decision on the clean ones."""
+    assert networks.attacked is not None
+    with torch.no_grad():
+        labels = networks.attacked(clean).argmax(dim=1)
+    whole = PurifiedClassifier(networks.attacked, networks.model, mean=(0.0,) * 3, std=(1.0,) * 3, seed=seed)
+    options: dict[str, Any] = dict(eps=config.attack_eps, steps=config.attack_steps, step_size=config.attack_step_size)
+    return pgd(whole.to(images.device), images, labels, **options, seed=seed)
+
+
+def gradients(
+    networks: Networks, config: TrainConfig, batch: tuple[Tensor, Tensor], step: int, first: int = 0
+) -> dict[str, Tensor]:
+    """Add the gradients of a batch, or of the share that begins with picture ``first``; returns its mean terms.
+
+    batch: inputs and clean pictures, [n, 3, crop, crop] each.
+    """
+    sums: dict[str, Tensor] = {}
+    size = len(batch[0]) // config.accumulate
+    for part in range(config.accumulate):
+        images, clean = (x[part * size : (part + 1) * size] for x in batch)
+        place, copies = first + part * size, 1
+        if networks.attacked is not None:
+            seed = (config.seed << 32 | step) + (1 + place << 44)  # none of the step's own draws
+            images = torch.cat((images, attack(networks, config, images, clean, seed)))
+            clean, copies = torch.cat((clean, clean)), 2
+        draws = draw(config, networks.model.config, copies * size, step, copies * place, images.device)
+        terms = step_losses(networks, config, images, clean, *draws)
+        (torch.stack(list(terms.values())).sum() / config.accumulate).backward()
+        for name, value in terms.items():
+            sums[name] = sums.get(name, 0) + value.detach() / config.accumulate
+    return sums
 
 
 class _Stop:
@@ -210,108 +317,69 @@ def train(
     config: TrainConfig,
     data: str | Path,
     output: str | Path,
-    classifier: nn.Module,
+    classifier: Normalised,
     progress: Progress = lambda phase, done, total, figures: None,
     device: str = "cpu",
 ) -> bool:
     """Train, or go on with the run in ``output``; returns whether it reached its last step.
 
-    data: packed npz.  classifier: ``classifiers.Normalised``, the attacked network and the guide.
+    data: packed npz, or a folder of pairs (``data.stored_pairs``).
+    classifier: ``classifiers.Normalised``, the attacked network and the guide.
     progress(phase, done, total, figures) is called with the phases "pairs" and "train".
     Writes output/: config.json, pairs/, checkpoint.pt, log.jsonl, model.safetensors, curves.png.
     Raises Error where the loss is not finite or ``output`` holds a run of another config.
     """
     output = Path(output)
-    output.mkdir(parents=True, exist_ok=True)
-    rank, world = _processes()
-    if config.batch % world:
-        raise ConfigError(f"batch={config.batch}: must be a multiple of the {world} processes.")
-    settings = json.loads(json.dumps(asdict(config)))
-    stored = output / "config.json"
-    if stored.exists() and json.loads(stored.read_text()) != settings:
-        raise ConfigError(f"{output} holds a run of another config; choose another folder or repeat its options.")
-
-    images = PackedImages(data)
-    if len(images) <= config.held_out:
-        raise ConfigError(f"held_out={config.held_out}: {data} has only {len(images)} pictures.")
-    images.labels = images.labels[: len(images) - config.held_out]
-    if rank == 0:
-        write_atomically(stored, lambda path: Path(path).write_text(json.dumps(settings, indent=2) + "\n"))
-        _pairs(config, images, classifier, output, progress)
-    if world > 1:
-        dist.barrier()
-    pairs = _pairs(config, images, classifier, output, progress)
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        model = IMPure(config.model_config)
-    if config.init is not None:
-        load_state(model, read_safetensors(config.init)[1], config.init)
-    model.to(device).train()
-    guide = Guide(classifier.to(device), [f"network.{node}" for node in config.guide_nodes])
+    rank, world, device = _processes(device)
+    if odd := [n for n in {config.batch, *(n for _, n in config.crops)} if n % (world * config.accumulate)]:
+        raise ConfigError(f"batch={odd[0]}: must be a multiple of {world} processes x accumulate={config.accumulate}.")
+    pairs = _prepare(config, data, output, classifier, progress, rank)
+    networks = Networks.make(config, classifier, device)
+    model = networks.model
     optimiser = torch.optim.AdamW(parameter_groups(model, config.weight_decay), lr=config.lr, betas=(0.9, 0.95))
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema)) if config.ema else None
     start = _restore(output / "checkpoint.pt", model, optimiser, average)
     log = _Log(output / "log.jsonl", start) if rank == 0 else None
-
-    def save(step: int) -> None:
-        state = {"step": step, "model": model.state_dict(), "optimizer": optimiser.state_dict()}
-        given: nn.Module = model
-        if average is not None:
-            state["average"], given = average.state_dict(), average.module
-        write_atomically(output / "checkpoint.pt", lambda path: torch.save(state, path))
-        save_safetensors(output / "model.safetensors", given.state_dict(), model.config, torch.float16)
-        plot_curves(output / "log.jsonl", output / "curves.png")
-
-    share = config.batch // world
-    mine = slice(rank * share, (rank + 1) * share)
     with _Stop() as stop:
-        source = batches(
-            pairs,
-            batch=config.batch,
-            crop=config.crop,
-            seed=config.seed,
-            adversarial=config.adversarial,
-            noisy=config.noisy,
-            start=start,
-        )
         for step in range(start, config.steps):
-            began = time.perf_counter()
+            began, rate, now = time.perf_counter(), learning_rate(config, step), config.at(step)
             for group in optimiser.param_groups:
-                group["lr"] = learning_rate(config, step)
-            dirty, clean = (x[mine].to(device) for x in next(source))
-            terms = step_losses(model, config, guide, dirty, clean, step, rank * share)
-            loss = torch.stack(list(terms.values())).sum()
+                group["lr"] = rate
+            first = rank * (now.batch // world)
+            mine = slice(first, first + now.batch // world)
+            options = {name: getattr(now, name) for name in ("batch", "crop", "seed", "adversarial", "noisy")}
+            keys, dirty, clean = next(batches(pairs, **options, start=step))
             optimiser.zero_grad(set_to_none=True)
-            loss.backward()
+            terms = gradients(networks, now, (dirty[mine].to(device), clean[mine].to(device)), step, first)
             stopping = _share(model, terms, stop.wanted, world)
             figures = {name: value.item() for name, value in terms.items()}
             figures["loss"] = sum(figures.values())
             if not math.isfinite(figures["loss"]):
-                raise Error(f"The loss is {figures['loss']} at step {step}: {figures}.")
-            norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+                raise Error(f"The loss is {figures['loss']} at step {step}, pairs {keys}: {figures}.")
+            figures["grad_norm"] = nn.utils.clip_grad_norm_(model.parameters(), config.clip).item()
             optimiser.step()
             if average is not None:
                 average.update_parameters(model)
-            figures |= {"grad_norm": norm.item(), "lr": learning_rate(config, step)}
-            figures["pictures_per_second"] = config.batch / (time.perf_counter() - began)
+            figures |= {"lr": rate, "pictures_per_second": now.batch / (time.perf_counter() - began)}
             if log is not None:
                 log.write(step, figures)
                 progress("train", step + 1, config.steps, figures)
                 if stopping or (step + 1) % config.save_every == 0 or step + 1 == config.steps:
-                    save(step + 1)
+                    _save(output, step + 1, model, optimiser, average)
             if stopping:
                 return False
     return True
 
 
-def _processes() -> tuple[int, int]:
-    """(rank, number of processes); joins the group that torchrun describes."""
+def _processes(device: str) -> tuple[int, int, str]:
+    """(rank, number of processes, this one's device); joins the group that torchrun describes."""
     if "RANK" not in os.environ:
-        return 0, 1
+        return 0, 1, device
     if not dist.is_initialized():
-        dist.init_process_group("gloo")
-    return dist.get_rank(), dist.get_world_size()
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    return dist.get_rank(), dist.get_world_size(), device
 
 
 def _share(model: nn.Module, terms: dict[str, Tensor], stop: bool, world: int) -> bool:
@@ -319,7 +387,7 @@ def _share(model: nn.Module, terms: dict[str, Tensor], stop: bool, world: int) -
     if world == 1:
         return stop
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    values = torch.stack([*terms.values(), torch.tensor(float(stop))]).detach()
+    values = torch.stack([*terms.values(), next(iter(terms.values())).new_tensor(float(stop))])
     flat = torch.cat([*(g.flatten() for g in gradients), values]) / world
     dist.all_reduce(flat)
     *parts, values = flat.split([*(g.numel() for g in gradients), len(values)])
@@ -330,16 +398,46 @@ def _share(model: nn.Module, terms: dict[str, Tensor], stop: bool, world: int) -
     return bool(values[-1] > 0)
 
 
-def _pairs(config: TrainConfig, images: PackedImages, classifier: nn.Module, output: Path, progress: Progress) -> Pairs:
-    return adversarial_pairs(
-        output / "pairs",
-        images,
-        classifier,
-        count=config.pairs,
-        side=config.view,
-        seed=config.seed,
-        progress=lambda done, total: progress("pairs", done, total, {}),
-    )
+def _prepare(
+    config: TrainConfig, data: str | Path, output: Path, classifier: Normalised, progress: Progress, rank: int
+) -> Pairs:
+    """Check and write ``output``'s config, and make its pairs: the first process does, the others open them."""
+    output.mkdir(parents=True, exist_ok=True)
+    stored = output / "config.json"
+    if stored.exists() and TrainConfig.from_file(stored, memory=config.memory) != config:
+        raise ConfigError(f"{output} holds a run of another config; choose another folder or repeat its options.")
+
+    def made() -> Pairs:
+        options: dict[str, Any] = dict(count=config.pairs, side=config.view, seed=config.seed)
+        options["progress"] = lambda done, total: progress("pairs", done, total, {})
+        if Path(data).is_dir():
+            return stored_pairs(output / "pairs", data, **options)
+        images = PackedImages(data)
+        if len(images) <= config.held_out:
+            raise ConfigError(f"held_out={config.held_out}: {data} has only {len(images)} pictures.")
+        images.labels = images.labels[: len(images) - config.held_out]
+        if not config.adversarial:
+            options["eps"] = (0.0, 0.0)
+        return adversarial_pairs(output / "pairs", images, classifier, **options)
+
+    if rank == 0:
+        write_atomically(stored, lambda path: Path(path).write_text(json.dumps(asdict(config), indent=2) + "\n"))
+        made()
+    if dist.is_initialized():
+        dist.barrier()
+    return made()
+
+
+def _save(
+    output: Path, step: int, model: IMPure, optimiser: torch.optim.Optimizer, average: AveragedModel | None
+) -> None:
+    state = {"step": step, "model": model.state_dict(), "optimizer": optimiser.state_dict()}
+    given: nn.Module = model
+    if average is not None:
+        state["average"], given = average.state_dict(), average.module
+    write_atomically(output / "checkpoint.pt", lambda path: torch.save(state, path))
+    save_safetensors(output / "model.safetensors", given.state_dict(), model.config, torch.float16)
+    plot_curves(output / "log.jsonl", output / "curves.png")
 
 
 def _restore(path: Path, model: nn.Module, optimiser: torch.optim.Optimizer, average: nn.Module | None) -> int:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..draws import MixDraws
+from ..errors import MissingExtraError, MissingFileError
 from ..model import IMPure
 from ..ops import patch_mix
 from ..ops.patch_assemble import patchify
@@ -63,3 +65,30 @@ def guided_loss(
             key = f"hgd{o}_loss"
             terms[key] = terms[key] + term if key in terms else term
     return terms
+
+
+# LPIPS's trunks are torchvision's ImageNet weights, which its package does not hold.
+TRUNKS = {"alex": "AlexNet_Weights", "squeeze": "SqueezeNet1_1_Weights", "vgg": "VGG16_Weights"}
+
+
+def lpips_network(trunk: str, random: bool = False) -> nn.Module:
+    """LPIPS (arXiv 1801.03924), frozen: call it with two images [N, 3, H, W] in [0, 1] and ``normalize=True``.
+
+    trunk: alex, squeeze or vgg; random: with random weights, for tests.
+    Raises MissingExtraError without the package, MissingFileError where the trunk's weights cannot be fetched.
+    """
+    try:
+        import lpips
+        from torchvision.models import get_weight
+    except ImportError as error:
+        raise MissingExtraError('LPIPS needs the extra "perceptual": pip install "impure-fast[perceptual]".') from error
+    try:
+        with torch.random.fork_rng(devices=[]):
+            network = lpips.LPIPS(net=trunk, pnet_rand=random, verbose=False)
+    except OSError as error:
+        file = Path(get_weight(f"{TRUNKS[trunk]}.IMAGENET1K_V1").url).name
+        folder = Path(torch.hub.get_dir()) / "checkpoints"
+        raise MissingFileError(
+            f"LPIPS's trunk {trunk} could not be fetched ({error}); put torchvision's {file} into {folder}."
+        ) from error
+    return network.eval().requires_grad_(False)

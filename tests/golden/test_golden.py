@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from impure_fast import backend, can_run, last_backends
+from impure_fast.memory import kept_by
 from impure_fast.ops import _dispatch
 from impure_fast.ops._lib import OPERATORS
 
@@ -60,6 +61,19 @@ def test_operators_agree_with_the_released_code(vector, run, wish, monkeypatch):
     ran = last_backends()
     assert ran.keys() >= NETWORK
     assert all(ran[name] == wish for name in ran if wish in OPERATORS[name].backends)
+
+
+@pytest.mark.parametrize("policy", ["default", "tight", "minimal"])
+@pytest.mark.parametrize("vector", ["p9a", "p11a"])
+def test_gradients_agree_whatever_is_kept_for_them(vector, policy):
+    def thrifty(config, state):
+        golden = golden_model(config, state)
+        golden.model.kept = kept_by(policy)
+        return golden
+
+    rows = compare(FOLDER / f"{vector}.npz", thrifty)
+    assert [str(row) for row in rows if row.failed] == []
+    assert len(rows) >= VECTORS[vector][1]
 
 
 MISTAKES = {
