@@ -53,20 +53,27 @@ def _pairs(problem: Problem, dtype: str, mode: str, options: Any, old: Path, new
         if why := [text for text in said if text != "ready"]:
             print(f"{label}: not timed: {'; '.join(dict.fromkeys(why))}", flush=True)
             return {**row, "why_not": why[0]}
-        readings = [[float(_ask(side, "go")) for side in sides] for _ in range(options.rounds)]
-    ratios = sorted(a / b for a, b, _ in readings)
+        readings = [[0.0, 0.0, 0.0] for _ in range(options.rounds)]
+        for i, reading in enumerate(readings):
+            for j in range(3):  # each side goes first, second and last in turn
+                side = (i + j) % 3
+                reading[side] = float(_ask(sides[side], "go"))
+    ratios = sorted(2 * a / (b + c) for a, b, c in readings)
     noise = sorted(c / b for _, b, c in readings)
     row |= {"ratio": statistics.median(ratios), "p20": ratios[len(ratios) // 5], "p80": ratios[4 * len(ratios) // 5]}
     row |= {"noise_p20": noise[len(noise) // 5], "noise_p80": noise[4 * len(noise) // 5]}
-    row["verdict"] = verdict(row["ratio"], row["noise_p20"], row["noise_p80"])
-    print(f"{label}: {row['ratio']:.3f}x (noise {row['noise_p20']:.3f} to {row['noise_p80']:.3f}): {row['verdict']}")
+    row["verdict"] = verdict(row)
+    band = f"{row['p20']:.3f} to {row['p80']:.3f}, noise {row['noise_p20']:.3f} to {row['noise_p80']:.3f}"
+    print(f"{label}: {row['ratio']:.3f}x ({band}): {row['verdict']}", flush=True)
     return row
 
 
-def verdict(ratio: float, low: float, high: float) -> str:
-    """What a ratio old/new tells beside the band of new against itself, widened to both sides of 1."""
-    width = max(abs(low - 1), abs(high - 1))
-    return "within noise" if abs(ratio - 1) <= width else "new is faster" if ratio > 1 else "new is slower"
+def verdict(row: dict[str, Any]) -> str:
+    """A difference is one that leaves both bands: of the ratio itself, and of new against new, widened about 1."""
+    width = max(abs(row["noise_p20"] - 1), abs(row["noise_p80"] - 1))
+    if row["p20"] <= 1 <= row["p80"] or abs(row["ratio"] - 1) <= width:
+        return "within noise"
+    return "new is faster" if row["ratio"] > 1 else "new is slower"
 
 
 @contextlib.contextmanager

@@ -224,7 +224,7 @@ def _examine(problem: Problem, solution: Callable[..., Any], inputs: tuple[Tenso
 @contextlib.contextmanager
 def _poisoned(inputs: tuple[Tensor, ...]) -> Iterator[None]:
     """Free memory holds NaN, and what torch hands out uninitialised too."""
-    sizes = [1 << i for i in range(9, 1 + max(9, math.ceil(math.log2(8 * max(x.numel() for x in inputs)))))]
+    sizes = [1 << i for i in range(9, 1 + max(9, math.ceil(math.log2(2 * max(x.numel() for x in inputs)))))]
     blocks = [torch.full((size,), float("nan"), device=inputs[0].device) for size in sizes for _ in range(2)]
     del blocks
     was = torch.are_deterministic_algorithms_enabled()

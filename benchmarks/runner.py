@@ -97,7 +97,7 @@ def ceilings(device: str, dtype: torch.dtype) -> tuple[float, float]:
     return 2 * size / best[0], 2 * side**3 / best[1]
 
 
-def _clock(call: Callable[[], Any], device: str) -> tuple[Reading, str]:
+def _clock(call: Callable[[], Any], device: str, capture: bool = True) -> tuple[Reading, str]:
     """A warmed call's clock, and its name."""
     for _ in range(2):
         call()
@@ -110,7 +110,7 @@ def _clock(call: Callable[[], Any], device: str) -> tuple[Reading, str]:
             return (time.process_time() - began) / repeats
 
         return cpu, "process CPU time"
-    call, name = _captured(call)
+    call, name = _captured(call) if capture else (call, "CUDA events")
     flush = torch.empty(2 * torch.cuda.get_device_properties(0).L2_cache_size, dtype=torch.uint8, device=device)
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
@@ -145,7 +145,11 @@ def timed(call: Provider, inputs: tuple[Tensor, ...], mode: str) -> tuple[Readin
     leaves = [x.detach().requires_grad_(x.is_floating_point()) for x in inputs]
     out = call(*leaves)
     wanted, weight = [x for x in leaves if x.requires_grad], _weight(out)
-    return _clock(lambda: torch.autograd.grad(out, wanted, weight, retain_graph=True, allow_unused=True), device)
+
+    def backward() -> Any:
+        return torch.autograd.grad(out, wanted, weight, retain_graph=True, allow_unused=True)
+
+    return _clock(backward, device, capture=False)  # it runs in forward's stream, which is not the captured one
 
 
 def measure(
@@ -175,7 +179,7 @@ def measure(
             row["why_not"] = f"{type(refusal).__name__}: {text[:300]}"
     del truth
     baseline = next((name for name in ("sdpa", "reference") if name in clocks), None)
-    times = _rounds(clocks, rounds, device)
+    times, board = _rounds(clocks, rounds, device), _board(device)
     strong = [statistics.median(t) for name, t in times.items() if any(fnmatch(name, pattern) for pattern in STRONG)]
     work = problem.work(inputs, own if mode == "forward" else own[:1]) if clocks else (0.0, 0.0)
     for row in rows:
@@ -186,7 +190,7 @@ def measure(
                     problem, dtype, mode, found[row["provider"]], row, rounds, device
                 )
             row |= _figures(taken, times.get(baseline or ""), work, ceilings(device, dtype), mode)
-            row |= {"baseline": baseline, "rounds": rounds, **_board(device)}
+            row |= {"baseline": baseline, "rounds": rounds, **board}
             if hasattr(found[row["provider"]], "note"):
                 row["note"] = found[row["provider"]].note
     return rows

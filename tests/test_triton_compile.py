@@ -55,6 +55,7 @@ REGISTERS = {
 def cases():
     """(name, host call) for every tile, form, element type and optional argument; on meta tensors."""
     import torch
+
     from impure_fast.kernels import attention, order, patch_assemble, patch_mask, patch_mix
 
     def empty(*shape, dtype=torch.float32):
