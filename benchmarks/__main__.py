@@ -1,65 +1,133 @@
-"""Measure the operators and the network: ``python -m benchmarks run --help``, ``python -m benchmarks overhead``."""
+"""Measure, compare, report and score kernels: ``python -m benchmarks --help``."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from datetime import date
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from impure_fast.errors import Error
 from impure_fast.images import write_atomically
 
-from .registry import problems
-from .runner import MODES, measure, overhead
+from . import compare, kernelbench, providers, results
+from .registry import Problem, problems
+from .runner import MODES, ceiling_rows, measure, overhead
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    run = commands.add_parser("run", help="measure providers against each other, parity first")
-    run.add_argument("--ops", help="operators, or beginnings of their names, separated by commas")
-    run.add_argument("--providers", default="reference,auto,cpp,sdpa,products")
-    run.add_argument("--dtypes", default="float32,bfloat16")
-    run.add_argument("--modes", default=",".join(MODES))
-    run.add_argument("--shapes", help="take only the shapes that hold this text")
-    run.add_argument("--baseline", default="sdpa", help="ratios are against it, or the reference where it is missing")
-    empty = commands.add_parser("overhead", help="measure what a call costs beside its kernel")
-    for command in (run, empty):
-        command.add_argument("--rounds", type=int, default=31)
-        command.add_argument("--json", metavar="FILE")
-    options = parser.parse_args()
-
+def main() -> int:
+    options = _parser().parse_args()
     torch.set_num_threads(1)
-    rows = [overhead(options.rounds)] if options.command == "overhead" else _run(options)
-    if options.command == "overhead":
-        print(json.dumps(rows[0]))
+    try:
+        return int(options.function(options) or 0)
+    except Error as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    commands = parser.add_subparsers(required=True)
+
+    def command(function: Any, name: str, text: str) -> argparse.ArgumentParser:
+        made = commands.add_parser(name, help=text, description=text)
+        made.set_defaults(function=function)
+        return made
+
+    def choose(made: argparse.ArgumentParser) -> None:
+        made.add_argument("--ops", default="", help="operators, or beginnings of their names, with commas")
+        made.add_argument("--shapes", default="", help="only shapes that hold this text")
+        made.add_argument("--small", action="store_true", help="the small shapes, for tests and memory checkers")
+        made.add_argument("--dtypes", default="float32,bfloat16")
+        made.add_argument("--modes", default="forward,both", help=", ".join(MODES))
+        made.add_argument("--rounds", type=int, default=31)
+        made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+        made.add_argument("--json", metavar="FILE")
+
+    run = command(_run, "run", "measure providers against each other, parity first")
+    choose(run)
+    run.add_argument("--providers", default=providers.DEFAULT, help="names, patterns (sdpa*) and files (mine.py)")
+    run.add_argument("--authors", metavar="PATH", help="checkout of the authors' repository: provider 'authors'")
+    run.add_argument("--csv", metavar="FILE", help=f"append here, for instance {results.CSV.relative_to(results.ROOT)}")
+    empty = command(_overhead, "overhead", "measure what a call costs beside its kernel")
+    top = command(_ceilings, "ceilings", "copy bandwidth, product rates, and the network's own products")
+    top.add_argument("--small", action="store_true", help="one of the network's products alone")
+    top.add_argument("--dtypes", default="float32,bfloat16")
+    top.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    for made in (empty, top):
+        made.add_argument("--rounds", type=int, default=31)
+        made.add_argument("--json", metavar="FILE")
+        made.add_argument("--csv", metavar="FILE")
+    against = command(compare.run, "compare", "two commits against each other, pairs in one run")
+    against.add_argument("old", help="a commit")
+    against.add_argument("new", nargs="?", default=".", help="a commit, or '.' for this tree")
+    choose(against)
+    against.add_argument("--provider", default="auto")
+    worker = command(compare.worker, "worker", "one side of compare; it starts its own")
+    worker.add_argument("spec")
+    command(kernelbench.write, "problems", "write benchmarks/problems from the registry")
+    score = command(kernelbench.score, "score", "correctness and speed of a folder of solutions (class ModelNew)")
+    score.add_argument("folder")
+    score.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    score.add_argument("--rounds", type=int, default=31)
+    score.add_argument("--json", metavar="FILE")
+    command(results.report, "report", "tables and pictures from kernels.csv, and the README's table")
+    return parser
+
+
+def _run(options: argparse.Namespace) -> None:
+    rows = []
+    for problem in problems(options.ops, options.shapes, options.small, options.device):
+        found = providers.providers(problem, options.providers, options.authors)
+        for dtype in options.dtypes.split(","):
+            if problem.op == "order" and dtype != "float32":
+                continue
+            for mode in options.modes.split(","):
+                if mode == "forward" or problem.gradients:
+                    taken = measure(problem, getattr(torch, dtype), mode, found, options.rounds, options.device)
+                    _print(problem, taken)
+                    rows += taken
+    _keep(options, rows)
+
+
+def _overhead(options: argparse.Namespace) -> None:
+    rows = overhead(options.rounds)
+    print(json.dumps(rows))
+    _keep(options, rows)
+
+
+def _ceilings(options: argparse.Namespace) -> None:
+    rows = ceiling_rows(options.dtypes.split(","), options.device, options.rounds, options.small)
+    for row in rows:
+        speed = f"{row['gflops']:.1f} GFLOP/s" if "gflops" in row else f"{row['gbytes_per_s']:.1f} GB/s"
+        print(f"{row['op']} {row['shape']:16} {row['dtype']:9} {speed}")
+    _keep(options, rows)
+
+
+def _keep(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     if options.json:
         write_atomically(options.json, lambda path: Path(path).write_text(json.dumps(rows, indent=1) + "\n"))
+    if options.csv:
+        results.append(options.csv, rows)
 
 
-def _run(options: argparse.Namespace) -> list[dict[str, Any]]:
-    rows = []
-    for problem in problems(options.ops and options.ops.split(",")):
-        if options.shapes and options.shapes not in problem.shape:
-            continue
-        names = [name for name in problem.providers if name.split()[0] in options.providers.split(",")]
-        baseline = options.baseline if options.baseline in names else "reference"
-        for dtype in options.dtypes.split(","):
-            for mode in options.modes.split(","):
-                if problem.op.startswith("reconstruct ") and mode == "backward":
-                    continue  # a training step is measured with its loss, elsewhere
-                found = measure(problem, getattr(torch, dtype), mode, names, options.rounds, baseline)
-                rows += [{**row, "date": date.today().isoformat(), "baseline": baseline} for row in found]
-                for row in found:
-                    figures = f"{row['median_us']:12.1f} us {row['ratio']:7.2f}x" if "ratio" in row else row["why_not"]
-                    print(
-                        f"{row['op']} {row['shape']:24} {dtype:9} {mode:9} {row['provider']:18} {figures}", flush=True
-                    )
-    return rows
+def _print(problem: Problem, rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        if "median_us" in row:
+            figures = f"{row['median_us']:12.1f} us" + (f" {row['ratio']:7.2f}x" if "ratio" in row else "")
+            if "of_floor" in row:
+                figures += f"  {100 * row['of_floor']:5.1f} % of the floor's speed"
+            if "measured_again_us" in row:
+                figures += f"  measured again (first {row['measured_again_us']:.1f} us)"
+        else:
+            figures = row["why_not"]
+        print(f"{row['op']} {problem.shape:24} {row['dtype']:9} {row['mode']:9} {row['provider']:20} {figures}")
+    if rows:
+        print(f"  on {rows[0]['machine']}", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

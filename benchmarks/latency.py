@@ -148,7 +148,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
         "commit": subprocess.run(
             ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
         ).stdout.strip(),
-        "machine": machine() if options.device == "cpu" else torch.cuda.get_device_name(),
+        "machine": machine(options.device),
         "model": options.model,
         "pictures": f"{options.side}x{options.side}",
     }

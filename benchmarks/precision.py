@@ -56,7 +56,7 @@ def measure(data: str | None, count: int, model: str, device: str, attack_steps:
             row["points_to_fp32"] = round(100 * float(hits.float().mean() - base.float().mean()), 2)
             row["only_fp32_right"], row["only_this_right"] = int((base & ~hits).sum()), int((~base & hits).sum())
             row["psnr_to_fp32"] = None if truth is purified else round(psnr(purified, truth), 2)
-            row |= {"attack_steps": attack_steps, "machine": machine(), "date": time.strftime("%Y-%m-%d")}
+            row |= {"attack_steps": attack_steps, "machine": machine(device), "date": time.strftime("%Y-%m-%d")}
             rows.append(row)
             print(json.dumps(row), flush=True)
     return rows

@@ -1,137 +1,238 @@
-"""What is measured: every problem is declared once, with its inputs, its providers and its work.
+"""What is measured: every operator and network is declared here once, and all else derives from it.
 
-A provider is a function of the inputs; "reference" is always one, and its fp64 result is the truth.
+A problem is an operator on one shape: its tensors and their law, its options, its floor in bytes and operations.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+import inspect
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
-from impure_fast import Draws, backend, create_model, ops
-from impure_fast.ops.reconstruction_attention import replica_rows
+from impure_fast import Draws, backend, create_model
+from impure_fast.ops._lib import OPERATORS
+from impure_fast.ops.patch_mix import shown
 
-Inputs = tuple[Tensor, ...]
+# Arguments of a reference that no problem uses.
+REST: dict[str, dict[str, Any]] = {
+    "patch_mask": {"seed": None, "streams": None},
+    "patch_assemble": {"clamp": False, "to_uint8": False},
+}
+WITHIN_THE_ENGINE = {"noise", "normalise_rows"}  # operators that are measured as part of it alone
+MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+# How a tensor is filled, as the text of an expression in shape, dtype and generator: also the problem files hold it.
+# Never zeros: they are faster than data.
+LAWS = {
+    "normal": "torch.randn({shape}, generator=generator).to(dtype)",
+    "image": "torch.rand({shape}, generator=generator).to(dtype)",
+    "uniform": "torch.rand({shape}, generator=generator)",  # float32 whatever the problem's dtype
+    "order": "torch.rand({shape}, generator=generator).argsort(dim=1)",
+}
 
 
 @dataclass(frozen=True)
 class Problem:
     """One operator on one shape.
 
-    make(dtype, device): its inputs; flops: of a forward pass; tolerance: relative to the truth's largest entry, per
-    unit of the dtype's eps, beside twice the reference's own error.
+    tensors: {"name": (shape, law)}; several names share one packed tensor, unbound along axis 2.
+    gradients: names of the tensors that a backward pass reaches.
+    options: the operator's other arguments, by name; flops: of a forward pass, NaN to count them.
+    tolerance: error beside twice the reference's own, in units of the dtype's eps times the truth's largest entry.
+    small: for tests and memory checkers; left out of a run unless asked for.  large: too much for a CPU's one thread.
     """
 
     op: str
     shape: str
-    make: Callable[[torch.dtype, str], Inputs]
-    providers: Mapping[str, Callable[..., Tensor]]
+    tensors: Mapping[str, tuple[tuple[int, ...], str]]
+    options: Mapping[str, Any]
     flops: float
     tolerance: float = 4.0
+    gradients: tuple[str, ...] = ()
+    small: bool = False
+    large: bool = False
+    preset: str = field(default="", repr=False)  # of a network; "" for an operator
+
+    @property
+    def name(self) -> str:
+        """The problem as a file name."""
+        return "_".join((self.op, *self.shape.split())).replace("=", "")
+
+    @property
+    def names(self) -> list[str]:
+        """Of the tensors, in the order of ``make``."""
+        return " ".join(self.tensors).split()
+
+    def make(self, dtype: torch.dtype, device: str, seed: int = 0) -> tuple[Tensor, ...]:
+        """Fresh inputs; float tensors of law "normal" and "image" in ``dtype``."""
+        scope = {"torch": torch, "generator": torch.Generator().manual_seed(seed), "dtype": dtype}
+        made: list[Tensor] = []
+        for names, (shape, law) in self.tensors.items():
+            x = eval(LAWS[law].format(shape=shape), scope).to(device)
+            made += x.unbind(2) if " " in names else [x]
+        return tuple(made)
+
+    def leaves(self, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+        """The inputs as the start of a new graph."""
+        pairs = zip(self.names, inputs, strict=True)
+        return [x.detach().requires_grad_(name in self.gradients) for name, x in pairs]
+
+    def reference(self, *inputs: Tensor) -> Any:
+        """The oracle: plain PyTorch, or the network in the authors' order of operations."""
+        if self.preset:
+            return network(self.preset, inputs[0], "reference")
+        return first(OPERATORS[self.op].reference(*self.arguments(inputs)), self.op)
+
+    def arguments(self, inputs: tuple[Tensor, ...]) -> list[Any]:
+        """Inputs and options in the order of the operator's reference."""
+        values = {**dict(zip(self.names, inputs, strict=True)), **self.options, **REST.get(self.op, {})}
+        return [values[name] for name in inspect.signature(OPERATORS[self.op].reference).parameters]
+
+    def work(self, inputs: tuple[Tensor, ...], out: list[Tensor]) -> tuple[float, float]:
+        """(bytes, operations) no implementation can do without: every input, weight and output once."""
+        tensors = [*inputs, *out]
+        flops = self.flops
+        if self.preset:
+            tensors += list(weights(self.preset, inputs[0].dtype, str(inputs[0].device)).parameters())
+            if flops != flops:
+                with torch.no_grad(), FlopCounterMode(display=False) as counter:
+                    self.reference(*inputs)
+                flops = float(counter.get_total_flops())
+        return float(sum(x.numel() * x.element_size() for x in tensors)), flops
 
 
-def _normal(*shape: int) -> Callable[[torch.dtype, str], Tensor]:
-    # Never zeros: they are faster than data.
-    return lambda dtype, device: torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+def first(out: Any, op: str) -> Any:
+    """An operator's result without attention's log-sum-exp."""
+    return out[0] if op == "reconstruction_attention" else out
 
 
-def _attend(name: str, chunks: int = 0) -> Callable[..., Tensor]:
-    def run(*inputs: Tensor) -> Tensor:
-        return ops.reconstruction_attention(*_split(inputs), chunks=chunks, backend=name)
-
-    return run
+_made: dict[tuple[str, torch.dtype, str], Any] = {}
 
 
-def _split(inputs: Inputs) -> Inputs:
-    """One packed tensor [B, T, 3, h, d], or queries and packed keys and values -> q, k, v."""
-    return inputs[0].unbind(2) if len(inputs) == 1 else (inputs[0], *inputs[1].unbind(2))
+def weights(preset: str, dtype: torch.dtype, device: str) -> Any:
+    """The network of a preset; its random weights are the same whatever dtype and device."""
+    key = (preset, dtype, device)
+    if key not in _made:
+        with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = create_model(preset).eval().to(device, dtype)
+        if len(_made) >= 3:  # a ViT-B is 0.5 GB
+            _made.clear()
+        _made[key] = model
+    return _made[key]
 
 
-def _sdpa(*inputs: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in _split(inputs))).transpose(1, 2)
+def network(preset: str, images: Tensor, name: str, seed: int = 0) -> Tensor:
+    """Draws and network: images [N, 3, H, W] -> prediction in the network's units."""
+    model = weights(preset, images.dtype, str(images.device))
+    draws = Draws.sample(model.config, images.shape, seed, device=images.device)
+    with backend(name):
+        return model.reconstruct(images, draws)[0]
 
 
-def _products(*inputs: Tensor) -> Tensor:
-    q, k, v = (x.transpose(1, 2) for x in _split(inputs))
-    return ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(dim=-1).matmul(v).transpose(1, 2)
+def _attention(
+    batch: int, heads: int, tokens: int, width: int, hidden: int = 0, chunks: int = 0, small: bool = False
+) -> Problem:
+    options = {"scale": width**-0.5, "chunks": chunks}
+    shape = f"{batch}x{heads}x{tokens}x{width}"
+    if chunks:  # tokens: of a replica, L + 1
+        rows, pairs = 2 * (tokens - 1) + chunks, chunks * tokens * tokens
+        tensors, shape = {"q k v": ((batch, rows, 3, heads, width), "normal")}, f"{shape} shared {chunks}"
+    elif hidden:
+        tensors = {
+            "q": ((batch, hidden, heads, width), "normal"),
+            "k v": ((batch, tokens, 2, heads, width), "normal"),
+        }
+        pairs, shape = hidden * tokens, f"{shape} hidden {hidden}"
+    else:
+        tensors, pairs = {"q k v": ((batch, tokens, 3, heads, width), "normal")}, tokens * tokens
+    flops = 4.0 * batch * heads * pairs * width
+    return Problem("reconstruction_attention", shape, tensors, options, flops, gradients=("q", "k", "v"), small=small)
 
 
-BACKENDS = ("reference", "cpp", "triton", "cuda")
+def _patches(n: int, side: int, patch: int, small: bool = False) -> Iterator[Problem]:
+    """The four operators on patches, n square pictures."""
+    rows = side // patch
+    tokens, pixels = rows * rows, (n, 3, side, side)
+    shape, shuffle, step = f"{n}x3x{side}x{side} p{patch}", ((n, tokens), "order"), ((n,), "uniform")
+    values, noised = 3 * patch * patch, {"signal": step, "level": step}
+    yield Problem("order", f"{n}x{tokens}", {"uniforms": ((n, tokens), "uniform")}, {}, 0.0, small=small)
+    yield Problem(
+        "patch_mask",
+        shape,
+        {"images": (pixels, "image"), "order": shuffle, **noised, "noise": (pixels, "normal")},
+        {"patch": patch, "mean": MEAN, "std": STD},
+        5.0 * math.prod(pixels),
+        gradients=("images",),
+        small=small,
+    )
+    start, stop = shown(tokens, 4, 1)
+    tensors = {"purified": (pixels, "image"), "images": (pixels, "image"), "order": shuffle}
+    yield Problem(
+        "patch_mix",
+        shape,
+        tensors,
+        {"start": start, "stop": stop, "patch": patch},
+        0.0,
+        gradients=("purified", "images"),
+        small=small,
+    )
+    yield Problem(
+        "patch_assemble",
+        shape,
+        {
+            "patches": ((n, tokens, values), "normal"),
+            "order": shuffle,
+            "weight": ((3, 3, 3, 3), "normal"),
+            "bias": ((3,), "normal"),
+        },
+        {"rows": rows, "cols": rows, "mean": MEAN, "std": STD},
+        (2 * 27 + 2.0) * math.prod(pixels),
+        gradients=("patches", "weight", "bias"),
+        small=small,
+    )
 
 
-def _plain(batch: int, heads: int, tokens: int, width: int, queries: int | None = None) -> Problem:
-    def make(dtype: torch.dtype, device: str) -> Inputs:
-        if queries is None:
-            return (_normal(batch, tokens, 3, heads, width)(dtype, device),)
-        kv = _normal(batch, tokens, 2, heads, width)(dtype, device)
-        return _normal(batch, queries, heads, width)(dtype, device), kv
-
-    providers = {**{name: _attend(name) for name in BACKENDS}, "sdpa": _sdpa, "products": _products}
-    asked = tokens if queries is None else queries
-    shape = f"{batch}x{heads}x{tokens}x{width}" + ("" if queries is None else f" hidden {queries}")
-    return Problem("reconstruction_attention", shape, make, providers, 4.0 * batch * heads * asked * tokens * width)
+def _net(preset: str, batch: int, side: int, small: bool = False, large: bool = False) -> Problem:
+    tensors = {"images": ((batch, 3, side, side), "image")}
+    shape = f"{batch}x3x{side}x{side}"
+    return Problem(f"reconstruct {preset}", shape, tensors, {}, float("nan"), 100.0, (), small, large, preset)
 
 
-def _shared(images: int, chunks: int, tokens: int, heads: int, width: int) -> Problem:
-    def replicas(packed: Tensor) -> Inputs:
-        return (packed[:, replica_rows(tokens, chunks, packed.device)].flatten(0, 1),)
-
-    def materialised(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        return lambda packed: function(*replicas(packed)).unflatten(0, (-1, chunks))
-
-    providers = {
-        **{name: _attend(name, chunks) for name in BACKENDS},
-        **{f"{name} on replicas": materialised(_attend(name)) for name in BACKENDS[1:]},
-        "sdpa": materialised(_sdpa),
-        "products": materialised(_products),
-    }
-    flops = 4.0 * images * chunks * heads * (tokens + 1) ** 2 * width
-    make = _normal(images, 2 * tokens + chunks, 3, heads, width)
-    shape = f"{images}x{heads}x{tokens + 1}x{width} shared {chunks}"
-    return Problem("reconstruction_attention", shape, lambda *where: (make(*where),), providers, flops)
-
-
-def _network(preset: str, batch: int, side: int) -> Problem:
-    made: dict[tuple[torch.dtype, str], torch.nn.Module] = {}
-
-    def run(name: str) -> Callable[[Tensor], Tensor]:
-        def reconstruct(images: Tensor) -> Tensor:
-            key = (images.dtype, images.device.type)
-            if key not in made:
-                torch.manual_seed(0)
-                made.clear()
-                made[key] = create_model(preset).eval().to(images.device, images.dtype)
-            draws = Draws.sample(made[key].config, images.shape, 0, device=images.device)
-            with backend(name):
-                return made[key].reconstruct(images, draws)[0]
-
-        return reconstruct
-
-    def make(dtype: torch.dtype, device: str) -> Inputs:
-        return (torch.rand(batch, 3, side, side, generator=torch.Generator().manual_seed(0)).to(device, dtype),)
-
-    providers = {"reference": run("reference"), "auto": run("auto")}
-    return Problem(f"reconstruct {preset}", f"{batch}x3x{side}x{side}", make, providers, float("nan"), 100.0)
+PROBLEMS: tuple[Problem, ...] = (
+    *_patches(2, 16, 4, small=True),
+    *_patches(64, 224, 16),
+    *_patches(256, 64, 4),
+    _attention(2, 2, 10, 8, small=True),
+    _attention(2, 2, 10, 8, hidden=3, small=True),
+    _attention(2, 2, 13, 8, chunks=4, small=True),
+    _attention(16, 16, 197, 32),
+    _attention(64, 12, 50, 64),
+    _attention(512, 4, 65, 24),
+    _attention(1024, 4, 17, 32),
+    _attention(144, 3, 65, 32),  # impure_tiny: 18 tiles, both passes, K = 4
+    _attention(72, 2, 257, 32),
+    _attention(72, 2, 257, 32, hidden=64),
+    _attention(18, 2, 257, 32, chunks=4),
+    _attention(4, 16, 197, 32, chunks=4),  # the released network's first decoder block
+    _net("impure_tiny", 1, 32, small=True),
+    _net("impure_tiny", 9, 64),
+    _net("impure_base_patch16_224", 1, 224),
+    _net("impure_base_patch16_224", 4, 224),
+    _net("impure_base_patch16_224", 64, 224, large=True),
+)
 
 
-def problems(names: list[str] | None = None) -> Iterator[Problem]:
-    """Every problem, or those whose operator begins with one of ``names``."""
-    every = [
-        _plain(16, 16, 197, 32),
-        _plain(64, 12, 50, 64),
-        _plain(512, 4, 65, 24),
-        _plain(1024, 4, 17, 32),
-        _plain(144, 3, 65, 32),  # impure_tiny: 18 tiles, both passes, K = 4
-        _plain(72, 2, 257, 32),
-        _plain(72, 2, 257, 32, queries=64),
-        _shared(18, 4, 256, 2, 32),
-        _shared(4, 4, 196, 16, 32),  # the released network's first decoder block
-        _network("impure_base_patch16_224", 1, 224),
-        _network("impure_base_patch16_224", 4, 224),
-        _network("impure_tiny", 9, 64),
+def problems(names: str = "", shapes: str = "", small: bool = False, device: str = "cpu") -> list[Problem]:
+    """Problems whose operator begins with one of ``names`` (commas between) and whose shape holds ``shapes``."""
+    starts, fits = tuple(names.split(",")), device != "cpu"
+    return [
+        p
+        for p in PROBLEMS
+        if p.small == small and shapes in p.shape and p.op.startswith(starts) and (fits or not p.large)
     ]
-    return (p for p in every if names is None or any(p.op.startswith(name) for name in names))

@@ -37,7 +37,7 @@ def seed_or_fresh(seed: Seed | None) -> Seed:
         raise InputTypeError(f"seed is {seed!r}; wanted an integer or None.") from error
 
 
-def philox(seed: Seed, streams: Tensor, purpose: int, count: int) -> Tensor:
+def philox(seed: int | Tensor, streams: Tensor, purpose: int, count: int) -> Tensor:
     """``count`` 32-bit words a stream, as int64 in [0, 2**32).  streams: [N] int64 -> [N, count]."""
     blocks = torch.arange((count + 3) // 4, device=streams.device)
     shape = (streams.shape[0], blocks.shape[0])
@@ -54,17 +54,17 @@ def philox(seed: Seed, streams: Tensor, purpose: int, count: int) -> Tensor:
     return torch.stack((c0, c1, c2, c3), dim=2).flatten(1)[:, :count]  # [N, count]
 
 
-def uniform(seed: Seed, streams: Tensor, purpose: int, count: int) -> Tensor:
+def uniform(seed: int | Tensor, streams: Tensor, purpose: int, count: int) -> Tensor:
     """float32 multiples of 2**-24 in [0, 1), [N, count]."""
     return (philox(seed, streams, purpose, count) >> 8).float() * 2.0**-24
 
 
-def integers(seed: Seed, streams: Tensor, purpose: int, count: int, low: int, high: int) -> Tensor:
+def integers(seed: int | Tensor, streams: Tensor, purpose: int, count: int, low: int, high: int) -> Tensor:
     """Integers in [low, high), [N, count] int64 (multiply-shift; bias below (high - low) / 2**32)."""
     return low + ((philox(seed, streams, purpose, count) * (high - low)) >> 32)
 
 
-def normal(seed: Seed, streams: Tensor, purpose: int, count: int) -> Tensor:
+def normal(seed: int | Tensor, streams: Tensor, purpose: int, count: int) -> Tensor:
     """Standard normals, float32, [N, count]: Box-Muller on the words (0, 1) and (2, 3) of each block."""
     pairs = 2 * ((count + 3) // 4)
     u = uniform(seed, streams, purpose, 2 * pairs).view(streams.shape[0], pairs, 2)

@@ -1,0 +1,216 @@
+"""Results as one long CSV that is only ever appended to, and the README's table and pictures made from it."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import subprocess
+from collections import defaultdict
+from datetime import date
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from impure_fast import __version__
+from impure_fast.errors import InputError
+
+from .providers import STRONG
+
+ROOT = Path(__file__).parent.parent
+CSV = ROOT / "benchmarks" / "results" / "kernels.csv"
+BEGIN, END = "<!-- kernels: made by python -m benchmarks report -->", "<!-- kernels: end -->"
+COLUMNS = (
+    *("commit", "date", "versions", "device", "dtype", "op", "shape"),
+    *("provider", "mode", "statistic", "value"),
+)
+BASELINES = (*STRONG, "reference", "authors")
+OURS = ("cpp", "triton", "cuda", "auto", "engine")
+_KEYS = ("dtype", "op", "shape", "provider", "mode")
+_TEXT = (*_KEYS, "machine", "clock", "baseline", "why_not", "note", "date", "commit")  # of a row; the rest is figures
+
+
+def commit() -> str:
+    """Of this checkout, with + where it holds changes; "unknown" outside a checkout."""
+    call = ["git", "-C", str(ROOT), "describe", "--always", "--exclude=*", "--dirty=+"]
+    run = subprocess.run(call, capture_output=True, text=True)
+    return run.stdout.strip() or "unknown"
+
+
+def lines(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """A run's rows as lines of the CSV, one a figure; who was not timed has one line that says why."""
+    found = []
+    for row in rows:
+        device, _, versions = row["machine"].partition(", torch ")
+        extra = [f"impure_fast {__version__}", f"torch {versions}", row.get("clock"), row.get("note")]
+        base = {
+            "commit": row.get("commit") or commit(),
+            "date": row.get("date") or date.today().isoformat(),
+            "versions": ", ".join(filter(None, extra)),
+            "device": device,
+            **{key: row[key] for key in _KEYS},
+        }
+        figures = {k: v for k, v in row.items() if k not in _TEXT and isinstance(v, (int, float))}
+        if "ratio" in figures:
+            figures[f"ratio to {row['baseline']}"] = figures.pop("ratio")
+        if "why_not" in row:
+            figures = {"why_not": row["why_not"]}
+        found += [{**base, "statistic": key, "value": str(value)} for key, value in figures.items()]
+    return found
+
+
+def append(path: str | Path, rows: list[dict[str, Any]]) -> None:
+    """Add a run to the CSV.  Raises InputError where the file has other columns."""
+    path, text = Path(path), io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    if path.exists() and path.stat().st_size:
+        with path.open(newline="") as file:
+            if tuple(next(csv.reader(file))) != COLUMNS:
+                raise InputError(f"{path} has other columns than {','.join(COLUMNS)}; name another file.")
+    else:
+        writer.writeheader()
+    writer.writerows(lines(rows))
+    # One write at the end of the file: what is there already is never touched.
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(text.getvalue())
+
+
+def read(path: str | Path = CSV) -> list[dict[str, str]]:
+    with Path(path).open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def latest(entries: list[dict[str, str]]) -> dict[tuple[str, ...], dict[str, dict[str, str]]]:
+    """{(device, dtype, op, shape, provider, mode): {statistic: its last line}}."""
+    found: dict[tuple[str, ...], dict[str, dict[str, str]]] = defaultdict(dict)
+    for line in entries:
+        found[(line["device"], *(line[key] for key in _KEYS))][line["statistic"]] = line
+    return found
+
+
+def _ratios(entries: list[dict[str, str]]) -> list[tuple[tuple[str, ...], float, str]]:
+    """(key, times as fast as the fastest baseline of the same run, source) of what is ours."""
+    runs: dict[tuple[str, ...], dict[str, float]] = defaultdict(dict)
+    for line in entries:
+        if line["statistic"] == "median_us" and "interpreter" not in line["versions"]:
+            run = (*(line[key] for key in ("device", "dtype", "op", "shape", "mode")), line["commit"], line["date"])
+            runs[run][line["provider"]] = float(line["value"])
+    found = {}  # of several runs the last one stays
+    for (device, dtype, op, shape, mode, at, day), medians in runs.items():
+        baselines = [t for name, t in medians.items() if any(fnmatch(name, pattern) for pattern in BASELINES)]
+        for provider in OURS if baselines else ():
+            if provider in medians:
+                key = (device, dtype, op, shape, provider, mode)
+                found[key] = (key, min(baselines) / medians[provider], f"{device}, {day}, commit {at}")
+    return list(found.values())
+
+
+def table(entries: list[dict[str, str]]) -> str:
+    """Markdown: how many times as fast as the fastest baseline each of our providers is, losing rows included."""
+    columns: dict[str, None] = {}
+    cells: dict[tuple[str, ...], dict[str, float]] = defaultdict(dict)
+    found = _ratios(entries)
+    for (device, dtype, op, shape, provider, mode), ratio, _ in found:
+        columns[f"{dtype} {mode}"] = None
+        cells[(device, op, shape, provider)][f"{dtype} {mode}"] = ratio
+    head = ["device", "operator", "shape", "provider", *columns]
+    text = [f"| {' | '.join(head)} |", f"| {' | '.join(['---'] * 4 + ['---:'] * len(columns))} |"]
+    for key, row in sorted(cells.items()):
+        figures = [f"{row[column]:.2f}x" if column in row else "" for column in columns]
+        text.append(f"| {' | '.join([*key, *figures])} |")
+    sources = "; ".join(sorted({source for *_, source in found}))
+    note = (
+        "Times as fast as the fastest baseline of the same run: the reference, torch's attention in each of its"
+        f" backends, plain products, torch.compile, as far as the CSV has them. Both: forward and backward. {sources}."
+    )
+    return "\n".join([*text, "", note])
+
+
+def in_readme(readme: str, block: str) -> str:
+    """The README with ``block`` between the two marks.  Raises InputError where it has not both of them."""
+    before, first, rest = readme.partition(BEGIN)
+    _, last, after = rest.partition(END)
+    if not (first and last):
+        raise InputError(f"README.md lacks the marks {BEGIN} and {END}.")
+    return f"{before}{BEGIN}\n{block}\n{END}{after}"
+
+
+def report(options: Any) -> None:
+    """The README's table, and the pictures that there are figures for."""
+    entries, readme = read(), ROOT / "README.md"
+    readme.write_text(in_readme(readme.read_text(), table(entries)))
+    print(table(entries))
+    for name, draw in {"speedup": _bars, "roofline": _roofline, "memory": _memory, "latency": _latency}.items():
+        if figure := draw(entries):
+            path = CSV.with_name(f"{name}.png")
+            figure.savefig(path, dpi=80, bbox_inches="tight")
+            print(f"wrote {path.relative_to(ROOT)}")
+
+
+def _axes(height: float = 4.0) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, height))
+    return figure, figure.subplots()
+
+
+def _bars(entries: list[dict[str, str]]) -> Any:
+    found = _ratios(entries)
+    if not found:
+        return None
+    figure, axes = _axes(1 + 0.16 * len(found))
+    labels = [f"{op} {shape} {dtype} {mode}: {provider}" for (_, dtype, op, shape, provider, mode), *_ in found]
+    axes.barh(labels, [ratio for _, ratio, _ in found])
+    axes.axvline(1, color="black")
+    axes.invert_yaxis()
+    axes.tick_params(axis="y", labelsize=6)
+    axes.set_xlabel("times as fast as the fastest baseline")
+    return figure
+
+
+def _roofline(entries: list[dict[str, str]]) -> Any:
+    wanted = ("intensity", "gflops", "copy_gbytes_per_s", "product_gflops")
+    points: dict[tuple[str, str], list[tuple[float, ...]]] = defaultdict(list)
+    for (device, dtype, *_), statistics in latest(entries).items():
+        if all(name in statistics for name in wanted) and float(statistics["intensity"]["value"]) > 0:
+            points[(device, dtype)].append(tuple(float(statistics[name]["value"]) for name in wanted))
+    if not points:
+        return None
+    figure, axes = _axes()
+    for (device, dtype), found in points.items():
+        marks = axes.scatter([p[0] for p in found], [p[1] for p in found], s=12, label=f"{device}, {dtype}")
+        _, _, copy, product = found[-1]
+        grid = [2.0**i for i in range(-4, 14)]
+        axes.plot(grid, [min(copy * x, product) for x in grid], color=marks.get_facecolor()[0])
+    axes.set(xscale="log", yscale="log", xlabel="operations a byte", ylabel="GFLOP/s")
+    axes.legend(fontsize=7)
+    return figure
+
+
+def _memory(entries: list[dict[str, str]]) -> Any:
+    found = [(key, float(s["peak_bytes"]["value"])) for key, s in latest(entries).items() if "peak_bytes" in s]
+    if not found:
+        return None
+    figure, axes = _axes(1 + 0.16 * len(found))
+    axes.barh([" ".join(key[1:]) for key, _ in found], [value / 2**20 for _, value in found])
+    axes.invert_yaxis()
+    axes.tick_params(axis="y", labelsize=6)
+    axes.set(xscale="log", xlabel="MiB allocated at most beside the inputs")
+    return figure
+
+
+def _latency(entries: list[dict[str, str]]) -> Any:
+    points: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for key, statistics in latest(entries).items():
+        if {"p50_ms", "images_per_second"} <= statistics.keys():
+            pair = (float(statistics["p50_ms"]["value"]), float(statistics["images_per_second"]["value"]))
+            points[f"{key[0]}, {key[4]}, {key[1]}"].append(pair)
+    if not points:
+        return None
+    figure, axes = _axes()
+    for label, found in points.items():
+        axes.plot(*zip(*sorted(found), strict=True), marker="o", label=label)
+    axes.set(xscale="log", xlabel="median latency, ms", ylabel="images a second")
+    axes.legend(fontsize=7)
+    return figure

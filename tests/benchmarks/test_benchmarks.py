@@ -1,0 +1,286 @@
+"""The benchmark suite: what is wrong is not timed, the README agrees with the figures, the scorer is not fooled."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from benchmarks import compare, kernelbench, results
+from benchmarks.authors import Authors
+from benchmarks.providers import load, providers
+from benchmarks.registry import PROBLEMS, WITHIN_THE_ENGINE
+from benchmarks.runner import ceiling_rows, error, measure, oracle, result
+from impure_fast.errors import InputError, MissingFileError
+from impure_fast.ops._lib import OPERATORS
+
+SMALL = [problem for problem in PROBLEMS if problem.small]
+ORDER = next(problem for problem in SMALL if problem.op == "order")
+ATTENTION = next(problem for problem in SMALL if problem.op == "reconstruction_attention")
+KEYS = {"op", "shape", "dtype", "mode", "provider", "median_us", "p20_us", "p80_us", "parity", "machine"}
+ROOT = Path(__file__).parents[2]
+
+
+def script(folder, name, text):
+    path = folder / f"{name}.py"
+    path.write_text(f"import torch\n{text}")
+    return str(path)
+
+
+def test_every_operator_and_a_network_are_declared_small_and_real():
+    for small in (True, False):
+        declared = {problem.op.split()[0] for problem in PROBLEMS if problem.small == small}
+        assert declared == {*OPERATORS, "reconstruct"} - WITHIN_THE_ENGINE
+
+
+@pytest.mark.parametrize("problem", SMALL, ids=lambda p: p.name)
+def test_rows_have_the_promised_keys_and_the_reference_is_right(problem):
+    rows = measure(problem, torch.float32, "forward", providers(problem, "reference,auto"), 2)
+    assert [row["provider"] for row in rows] == ["reference", "auto"]
+    for row in rows:
+        assert row.keys() >= KEYS and row["parity"] <= 1 and row["p20_us"] <= row["median_us"] <= row["p80_us"]
+        assert row["of_floor"] > 0
+
+
+@pytest.mark.parametrize("mode", ["backward", "both"])
+def test_gradients_are_measured(mode):
+    for problem in SMALL:
+        if problem.gradients:
+            (row,) = measure(problem, torch.float32, mode, providers(problem, "reference"), 2)
+            assert row["parity"] <= 1 and row["median_us"] > 0 and "of_floor" not in row
+
+
+def test_every_attention_baseline_is_right_or_says_why_it_cannot():
+    found = providers(ATTENTION, "sdpa*,products,cpp")
+    for row in measure(ATTENTION, torch.float32, "forward", found, 1):
+        assert ("median_us" in row) != ("why_not" in row)
+        assert row["parity"] is None or row["parity"] <= 1
+
+
+def test_a_user_provider_is_one_file_with_one_function(tmp_path):
+    text = "def order(uniforms):\n    p = uniforms.argsort(dim=1, stable=True)\n    return p, p.argsort(dim=1)\n"
+    path = script(tmp_path, "mine", text)
+    (row,) = measure(ORDER, torch.float32, "forward", providers(ORDER, path), 2)
+    assert row["provider"] == "mine" and row["parity"] == 0 and row["median_us"] > 0
+    assert providers(ATTENTION, path) == {}  # it has no such function
+
+
+def test_a_wrong_provider_is_not_timed(tmp_path):
+    wrong = script(tmp_path, "wrong", "def order(uniforms):\n    p = uniforms.argsort(dim=1)\n    return p, p\n")
+    broken = script(tmp_path, "broken", "def order(uniforms):\n    raise ValueError('no')\n")
+    half = script(tmp_path, "half", "def order(uniforms):\n    return uniforms.argsort(dim=1).int()\n")
+    rows = measure(ORDER, torch.float32, "forward", providers(ORDER, f"{wrong},{broken},{half}"), 2)
+    assert all("median_us" not in row for row in rows)
+    assert ["wrong" in row["why_not"] for row in rows] == [True, False, True]
+    assert rows[1]["why_not"] == "ValueError: no"
+
+
+def test_a_wrong_gradient_is_not_timed(tmp_path):
+    text = "def reconstruction_attention(q, k, v, scale, chunks):\n    x = [t.transpose(1, 2) for t in (q, k, v)]\n"
+    text += "    out = torch.nn.functional.scaled_dot_product_attention(*x).transpose(1, 2)\n"
+    path = script(tmp_path, "doubled", text + "    return out + out - out.detach()\n")
+    found = providers(ATTENTION, path)
+    assert "median_us" in measure(ATTENTION, torch.float32, "forward", found, 1)[0]
+    assert "wrong" in measure(ATTENTION, torch.float32, "both", found, 1)[0]["why_not"]
+
+
+def test_a_nan_is_wrong_even_where_the_reference_has_one():
+    one, nan = torch.ones(2), torch.full((2,), float("nan"))
+    assert error(ATTENTION, [one], [one], [one.double()]) == 0
+    assert (
+        error(ATTENTION, [nan], [one], [one.double()]) == error(ATTENTION, [one], [nan], [one.double()]) == float("inf")
+    )
+    assert error(ATTENTION, [one.double()], [one], [one.double()]) == float("inf")  # another dtype
+
+
+def test_what_is_too_fast_is_measured_again(monkeypatch):
+    monkeypatch.setattr("benchmarks.runner.SUSPICIOUS", 0.0)
+    rows = measure(ATTENTION, torch.float32, "forward", providers(ATTENTION, "sdpa"), 2)
+    assert rows[0]["measured_again_us"] > 0 and rows[0]["median_us"] > 0
+
+
+def test_the_machines_ceilings_are_measured():
+    copy, product, network = ceiling_rows(["float32"], "cpu", 1, small=True)
+    assert copy["gbytes_per_s"] > 0 and product["gflops"] > 0 and network["gflops"] > 0 and network["median_us"] > 0
+
+
+def test_unknown_providers_and_files_are_named():
+    with pytest.raises(InputError, match=r"'fastest' is no provider; known are reference, auto"):
+        providers(ORDER, "fastest")
+    with pytest.raises(MissingFileError, match=r"nowhere\.py"):
+        providers(ORDER, "nowhere.py")
+    with pytest.raises(MissingFileError, match="no checkout"):
+        Authors("nowhere", "impure_base_patch16_224")
+
+
+def test_results_are_appended_and_never_overwritten(tmp_path):
+    path = tmp_path / "kernels.csv"
+    rows = measure(ORDER, torch.float32, "forward", providers(ORDER, "reference"), 2)
+    results.append(path, rows)
+    before = path.read_text()
+    results.append(path, rows)
+    assert path.read_text().startswith(before)
+    assert len(results.read(path)) == 2 * len(results.lines(rows)) and before.count("commit,date") == 1
+    path.write_text("a,b\n1,2\n")
+    with pytest.raises(InputError, match="other columns"):
+        results.append(path, rows)
+    assert path.read_text() == "a,b\n1,2\n"
+
+
+def test_readme_and_results_agree():
+    readme = (ROOT / "README.md").read_text()
+    assert results.in_readme(readme, results.table(results.read())) == readme, "run python -m benchmarks report"
+
+
+def test_a_changed_figure_shows_in_the_readme():
+    entries = results.read()
+    changed = next(e for e in entries if e["statistic"] == "median_us" and e["provider"] == "cpp")
+    changed["value"] = "1"
+    readme = (ROOT / "README.md").read_text()
+    assert results.in_readme(readme, results.table(entries)) != readme
+    with pytest.raises(InputError, match="lacks the marks"):
+        results.in_readme(readme.replace(results.END, ""), "")
+
+
+def test_pictures_are_drawn_where_there_are_figures():
+    row = {"commit": "c", "date": "d", "versions": "v", "device": "gpu", "dtype": "float16", "op": "o", "shape": "s"}
+    figures = {"intensity": 2, "gflops": 3, "copy_gbytes_per_s": 4, "product_gflops": 9, "peak_bytes": 4096}
+    figures |= {"p50_ms": 1.5, "images_per_second": 600, "median_us": 7}
+    entries = [
+        {**row, "provider": provider, "mode": "forward", "statistic": k, "value": str(v)}
+        for provider in ("cuda", "sdpa")
+        for k, v in figures.items()
+    ]
+    for draw in (results._bars, results._roofline, results._memory, results._latency):
+        assert draw(entries) is not None and draw([]) is None
+
+
+def test_problem_files_are_what_the_registry_writes():
+    files = {path.name: path.read_text() for path in kernelbench.FOLDER.glob("*.py")}
+    assert files == {f"{p.name}.py": kernelbench.source(p) for p in kernelbench.chosen()}, (
+        "python -m benchmarks problems"
+    )
+    assert {p.op for p in kernelbench.chosen()} == set(OPERATORS) - WITHIN_THE_ENGINE
+
+
+def test_problem_files_need_torch_alone_and_compute_what_the_reference_does(tmp_path):
+    small = [problem for problem in SMALL if not problem.preset]
+    for problem in small:
+        path = tmp_path / f"{problem.name}.py"
+        path.write_text(kernelbench.source(problem))
+        inputs = problem.make(torch.float32, "cpu")
+        model = load(str(path), "Model")(*load(str(path), "get_init_inputs")())
+        for got, own in zip(result(problem, model, inputs, "forward"), oracle(problem, inputs)[0], strict=True):
+            assert torch.equal(got, own)
+    code = (
+        "import importlib, pathlib, sys\nfor p in pathlib.Path().glob('*.py'):\n    m = importlib.import_module(p.stem)"
+    )
+    code += "\n    m.Model(*m.get_init_inputs())(*m.get_inputs())\n    print(p.stem)"
+    code += "\nassert not [m for m in sys.modules if m.startswith('impure')]"
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert (sorted(run.stdout.split()), run.returncode) == (sorted(p.name for p in small), 0), run.stderr
+
+
+HONEST = "        p = u.argsort(dim=1, stable=True)\n        return p, p.argsort(dim=1)\n"
+TRICKS = {
+    "cache": (
+        "    kept = None\n    def forward(self, u):\n        if self.kept is None:\n"
+        "            p = u.argsort(dim=1, stable=True)\n            self.kept = p, p.argsort(dim=1)\n"
+        "        return self.kept\n",
+        "result is wrong",
+    ),
+    "address": (
+        "    kept = {}\n    def forward(self, u):\n        if u.data_ptr() not in self.kept:\n"
+        "            p = u.argsort(dim=1, stable=True)\n            self.kept[u.data_ptr()] = p, p.argsort(dim=1)\n"
+        "        return tuple(x.clone() for x in self.kept[u.data_ptr()])\n",
+        "result is wrong",
+    ),
+    "thread": (
+        "    def forward(self, u):\n        import threading, time\n        u = u.clone()\n"
+        "        out = torch.zeros(u.shape, dtype=torch.int64), torch.zeros(u.shape, dtype=torch.int64)\n"
+        "        def work():\n            time.sleep(0.01)\n            p = u.argsort(dim=1, stable=True)\n"
+        "            with torch.inference_mode():\n"
+        "                out[0].copy_(p), out[1].copy_(p.argsort(dim=1))\n"
+        "        threading.Thread(target=work).start()\n        return out\n",
+        "not ready",
+    ),
+    "memory": (
+        "    def forward(self, u):\n        return tuple(torch.empty(u.shape, dtype=torch.int64) for _ in range(2))\n",
+        "result is wrong",
+    ),
+    "inputs": ("    def forward(self, u):\n        u.add_(0.5)\n" + HONEST, "modified its inputs"),
+    "buffer": (
+        "    out = None\n    def forward(self, u):\n        p = u.argsort(dim=1, stable=True)\n"
+        "        if self.out is None:\n            self.out = p.clone(), p.clone()\n"
+        "        self.out[0].copy_(p), self.out[1].copy_(p.argsort(dim=1))\n        return self.out\n",
+        "later call changed",
+    ),
+    "precision": (
+        "    def forward(self, u):\n        torch.set_float32_matmul_precision('medium')\n" + HONEST,
+        "precision",
+    ),
+}
+
+
+@pytest.mark.parametrize("trick", TRICKS)
+def test_the_scorer_refuses_the_known_tricks(tmp_path, trick):
+    body, reason = TRICKS[trick]
+    path = script(tmp_path, ORDER.name, f"class ModelNew(torch.nn.Module):\n{body}")
+    was = torch.get_float32_matmul_precision()
+    try:
+        row = kernelbench.judge(ORDER, path, "cpu", 2)
+    finally:
+        torch.set_float32_matmul_precision(was)
+    assert not row["correct"] and reason in row["why_not"], row
+
+
+def test_the_scorer_scores_an_honest_solution_and_reports_a_crash(tmp_path):
+    script(tmp_path, ORDER.name, f"class ModelNew(torch.nn.Module):\n    def forward(self, u):\n{HONEST}")
+    script(tmp_path, ATTENTION.name, "import os\nos._exit(3)\n")
+    out = tmp_path / "scores.json"
+    kernelbench.score(SimpleNamespace(folder=str(tmp_path), device="cpu", rounds=2, json=str(out)))
+    crashed, honest = sorted(json.loads(out.read_text()), key=lambda row: row["correct"])
+    assert honest["correct"] and honest["speedup"] > 0 and honest["of_floor"] > 0
+    assert "ended with 3" in crashed["why_not"]
+
+
+@pytest.mark.parametrize(
+    ("ratio", "p20", "p80", "said"),
+    [
+        (1.02, 1.01, 1.03, "within noise"),  # new against itself differs as much
+        (1.05, 0.99, 1.20, "within noise"),  # its own band holds 1
+        (1.05, 1.04, 1.06, "new is faster"),
+        (0.90, 0.89, 0.91, "new is slower"),
+    ],
+)
+def test_a_ratio_inside_the_noise_is_no_difference(ratio, p20, p80, said):
+    row = {"ratio": ratio, "p20": p20, "p80": p80, "noise_p20": 0.97, "noise_p80": 1.01}
+    assert compare.verdict(row) == said
+
+
+def test_a_compared_side_answers_readings(tmp_path):
+    spec = json.dumps([ORDER.name, "float32", "forward", "auto", "cpu"])
+    with compare._side(ROOT, spec) as side:
+        assert compare._ask(side) == "ready"
+        assert float(compare._ask(side, "go")) > 0
+
+
+def test_the_campaign_runs_its_cheap_parts_without_a_gpu(tmp_path):
+    call = ["bash", str(ROOT / "benchmarks" / "gpu_campaign.sh"), "--out", str(tmp_path), "--device", "cpu"]
+    call += ["--parts", "versions,sanitizer,ncu,nonsense", "--python", sys.executable]
+    run = subprocess.run(call, capture_output=True, text=True, timeout=120)
+    status = dict(line.split("\t")[:2] for line in (tmp_path / "status.tsv").read_text().splitlines())
+    assert run.returncode == 1, run.stderr
+    assert status == {"versions": "done", "sanitizer": "skipped", "ncu": "skipped", "nonsense": "failed"}
+    assert "torch" in (tmp_path / "versions.txt").read_text()
+
+
+def test_the_campaign_lists_what_it_would_run(tmp_path):
+    call = ["bash", str(ROOT / "benchmarks" / "gpu_campaign.sh"), "--out", str(tmp_path), "--dry-run"]
+    run = subprocess.run(call, capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0 and not list(tmp_path.iterdir())
+    parts = ("build", "tests", "sanitizer", "ceilings", "operators", "network", "compile", "training", "latency", "ncu")
+    assert all(f"\n{part}\t" in f"\n{run.stdout}" for part in parts), run.stdout
