@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import csv
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,7 +28,7 @@ from impure_fast.evaluation.analysis import psnr
 from impure_fast.model import IMPure
 from impure_fast.zoo import shipped
 
-from . import authors
+from . import authors, results
 from .runner import machine
 
 Purify = Callable[[Tensor, int | None], Tensor]  # (uint8 [N, 3, H, W] on the host, seed) -> float in [0, 1] on device
@@ -93,7 +92,7 @@ def closed_loop(answer: Callable[[Tensor], Tensor], images: Tensor, seconds: flo
     """Seconds of each call."""
     taken: list[float] = []
     began = time.perf_counter()
-    while time.perf_counter() - began < seconds or len(taken) < 3:
+    while time.perf_counter() - began < seconds or len(taken) < 2:
         start = time.perf_counter()
         answer(images)
         taken.append(time.perf_counter() - start)
@@ -145,9 +144,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     pictures = torch.randint(0, 256, (max(batches), 3, options.side, options.side), generator=generator).byte()
     base = {
         "date": time.strftime("%Y-%m-%d"),
-        "commit": subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-        ).stdout.strip(),
+        "commit": results.commit(),
         "machine": machine(options.device),
         "model": options.model,
         "pictures": f"{options.side}x{options.side}",
@@ -223,16 +220,17 @@ def draw(path: str | Path, rows: list[dict[str, Any]]) -> None:
     """Latency over throughput in the closed loop, latency over arrival rate in the open one."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    panels = zip(figure.subplots(1, 2), (("closed", "images/s"), ("open", "images/s arriving")), strict=True)
-    for axis, (loop, label) in panels:
+    labels = {"closed": "images/s", "open": "images/s arriving"}
+    loops = [loop for loop in labels if any(row["loop"] == loop for row in rows)]
+    figure = Figure(figsize=(5.5 * len(loops), 4), layout="constrained")
+    for axis, loop in zip(figure.subplots(1, len(loops), squeeze=False)[0], loops, strict=True):
         for provider in dict.fromkeys(row["provider"] for row in rows if row["loop"] == loop):
             own = [row for row in rows if (row["provider"], row["loop"]) == (provider, loop)]
             value = {(row["load"], row["statistic"]): float(row["value"]) for row in own}
             loads = sorted({row["load"] for row in own})
             x = [value[load, "images_per_second"] if loop == "closed" else load for load in loads]
             axis.plot(x, [value[load, "p50_ms"] for load in loads], "o-", label=provider)
-        axis.set(xscale="log", yscale="log", xlabel=label, ylabel="p50 latency, ms", title=f"{loop} loop")
+        axis.set(xscale="log", yscale="log", xlabel=labels[loop], ylabel="p50 latency, ms", title=f"{loop} loop")
     figure.axes[0].legend(fontsize=8)
     figure.suptitle(f"{rows[0]['model']}, {rows[0]['pictures']}, {rows[0]['machine']}", fontsize=9)
     figure.savefig(path, dpi=100)
@@ -244,7 +242,7 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=224, help="of the square pictures, in pixels")
     parser.add_argument("--batches", default="1,8,64", help="of the closed loop; the largest bounds the open one's")
     parser.add_argument("--rates", default="", help="images a second of the open loop")
-    parser.add_argument("--seconds", type=float, default=10, help="of each measurement; at least three calls are made")
+    parser.add_argument("--seconds", type=float, default=10, help="of each measurement; at least two calls are made")
     parser.add_argument("--providers", help="names as printed, separated by commas; the reference always runs")
     parser.add_argument("--authors", metavar="PATH", help="a checkout of NoWindButRain/IMPure")
     parser.add_argument("--device", default="cpu", choices=PRECISIONS)

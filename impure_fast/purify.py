@@ -21,7 +21,10 @@ from .draws import Draws, stream_ids
 from .errors import InputError, InputTypeError
 from .philox import Seed, seed_or_fresh
 
-TILE_MEMORY = 256 * 2**20  # bytes of activations that one network call may take by default
+# Bytes of activations that one network call may take by default.  On a CPU no tensor then passes 32 MiB, from where on
+# the allocator maps fresh pages at every call.
+TILE_MEMORY = 64 * 2**20
+DEVICE_TILE_MEMORY = 16 * TILE_MEMORY
 BAND_TILES = 1024  # tiles held at once
 
 
@@ -147,12 +150,12 @@ def over_tiles(
     return (total / weight)[:, :, :height, :width]
 
 
-def default_max_batch(config: IMPureConfig, height: int, width: int) -> int:
-    """Tiles a call so that activations stay near TILE_MEMORY; an estimate from the widest tensors."""
+def default_max_batch(config: IMPureConfig, height: int, width: int, memory: int = TILE_MEMORY) -> int:
+    """Tiles a call so that activations stay near ``memory``; an estimate from the widest tensors."""
     tokens = (height // config.patch_size) * (width // config.patch_size)
     encoder = 2 * tokens * config.embed_dim * (config.mlp_ratio + 6)  # both passes at once
     decoder = config.num_chunks * tokens * config.decoder_embed_dim * (config.mlp_ratio + 6)
-    return max(1, int(TILE_MEMORY // (4 * (encoder + decoder))))
+    return max(1, int(memory // (4 * (encoder + decoder))))
 
 
 def purify_images(
@@ -186,7 +189,8 @@ def purify_images(
     key = seed_or_fresh(seed)
     tiling = Tiling.of(config, *images.shape[2:])
     (height, width), count = tiling.tile, math.prod(tiling.count)
-    size = max_batch or default_max_batch(config, height, width)
+    memory = TILE_MEMORY if images.device.type == "cpu" else DEVICE_TILE_MEMORY
+    size = max_batch or default_max_batch(config, height, width, memory)
     if draws is not None:
         draws.check(config, (n * count, 3, height, width))
 
