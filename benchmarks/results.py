@@ -25,7 +25,7 @@ COLUMNS = (
     *("provider", "mode", "statistic", "value"),
 )
 BASELINES = (*STRONG, "reference", "authors")
-OURS = ("cpp", "triton", "cuda", "auto", "engine")
+OURS = ("cpp", "triton", "cuda", "auto", "engine", "engine int8")
 _KEYS = ("dtype", "op", "shape", "provider", "mode")
 _TEXT = (*_KEYS, "machine", "clock", "baseline", "why_not", "note", "date", "commit")  # of a row; the rest is figures
 

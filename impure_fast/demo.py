@@ -141,12 +141,10 @@ def run(
 
     progress("purifying")
     engine = Engine(purifier, precision="fp32")
+    masking: dict[str, Any] = dict(image_step=image_step, feature_step=feature_step)
     engine.warmup()
     began = time.perf_counter()
-    purified = {
-        name: engine.purify(images, seed=SEED, image_step=image_step, feature_step=feature_step)
-        for name, images in attacked.items()
-    }
+    purified = {name: engine.purify(images, seed=SEED, **masking) for name, images in attacked.items()}
     rate = len(labels) * len(attacked) / (time.perf_counter() - began)
 
     def accuracies(defence: Callable[[str], Tensor]) -> dict[str, float]:
@@ -172,7 +170,7 @@ def run(
             "jpeg75": accuracies(lambda name: jpeg(attacked[name])),
             "blur": accuracies(lambda name: blur(attacked[name])),
         },
-        "white_box": knowing(classifier, purifier, chosen.take(known), labels[known], attack_steps, progress),
+        "white_box": knowing(classifier, purifier, chosen.take(known), labels[known], attack_steps, masking, progress),
         "psnr": round(psnr(purified["clean"], chosen.images), 2),
         "images_per_second": round(rate, 2),
         "precision": engine.precision,
@@ -196,12 +194,19 @@ def run(
 
 
 def knowing(
-    classifier: Normalised, purifier: IMPure, views: Views, labels: Tensor, steps: int, progress: Callable[[str], None]
+    classifier: Normalised,
+    purifier: IMPure,
+    views: Views,
+    labels: Tensor,
+    steps: int,
+    masking: dict[str, Any],
+    progress: Callable[[str], None],
 ) -> dict[str, float]:
     """Accuracy in percent against PGD through purifier and classifier, by eps in 1/255; {} without views."""
     if not views.right:
         return {}
-    pipeline = PurifiedClassifier(classifier.network, purifier, mean=LITE0_MEAN, std=LITE0_STD, seed=SEED + 1).eval()
+    unit: dict[str, Any] = dict(mean=LITE0_MEAN, std=LITE0_STD)
+    pipeline = PurifiedClassifier(classifier.network, purifier, seed=SEED + 1, **unit, **masking).eval()
     accuracy: dict[str, float] = {"n": len(labels)}
     for eps in WHITE_BOX_EPS:
         progress(f"attacking {len(labels)} pictures through the purifier: PGD-{steps}, {eps}/255")
