@@ -3,12 +3,25 @@
 import csv
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import latency
 from impure_fast import load
+
+ROOT = Path(__file__).parents[1]
+LABELS = {  # the README's name of a provider
+    "the authors' code": "authors",
+    "the authors' code, bf16 autocast": "authors bf16 autocast",
+    "reference path": "reference",
+    "operators": "operators",
+    "engine, fp32": "engine fp32",
+    "engine, bf16": "engine bf16",
+    "engine, int8": "engine int8",
+    "no purifier": "no purifier",
+}
 
 
 class Clock:
@@ -71,6 +84,17 @@ def test_a_run_writes_rows_and_a_picture_and_appends(tmp_path, monkeypatch, caps
     assert picture.read_bytes().startswith(b"\x89PNG") and "engine fp32" in capsys.readouterr().out
     latency.main()
     assert len(list(csv.DictReader(table.open()))) == 2 * len(once)
+
+
+def test_readme_says_what_the_measurement_said():
+    rows = list(csv.DictReader((ROOT / "benchmarks" / "results" / "latency.csv").open()))
+    p50 = {(r["provider"], r["model"], float(r["load"])): r["value"] for r in rows if r["statistic"] == "p50_ms"}
+    loads = [("impure_tiny", 1), ("impure_tiny", 64), ("impure_base_patch16_224", 1), ("impure_base_patch16_224", 4)]
+    readme = (ROOT / "README.md").read_text().splitlines()
+    for label, provider in LABELS.items():
+        found = [p50.get((provider, *at)) for at in loads]
+        cells = [f"{float(value):.0f}" if value else "" for value in found]
+        assert " ".join(f"| {label} | {' | '.join(cells)} |".split()) in readme
 
 
 def test_what_differs_from_the_reference_is_not_timed(monkeypatch, capsys):

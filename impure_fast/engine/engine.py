@@ -181,7 +181,8 @@ class Engine:
 
     def stats(self) -> dict[str, float]:
         """Of the calls since construction or ``warmup``: count, images, p50_ms, p90_ms, p99_ms (the last 10,000),
-        images_per_second (over the time spent in calls) and graph_hits (calls answered by a captured CUDA graph)."""
+        images_per_second (over the time spent in calls) and graph_hits (calls answered by a captured CUDA graph; 0, as
+        none is captured yet)."""
         with self._lock:
             times, images, calls, busy = sorted(self._times), self._images, self._calls, self._busy
         ms = [1e3 * t for t in times]
