@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -442,10 +443,10 @@ def test_demo_passes_its_options(tmp_path, run, monkeypatch):
     assert calls == [
         {
             "json_path": tmp_path / "a.json",
-            "picture_path": cli.Path("demo.png"),
+            "picture_path": Path("demo.png"),
             "model": "impure_tiny",
             "views": 3,
-            "data": cli.Path("d.npz"),
+            "data": Path("d.npz"),
             "attack_steps": 10,
             "white_box": 0,
             "image_step": 90,
@@ -495,7 +496,7 @@ def test_any_error_is_one_line(run):
 
 
 def python(code):
-    root = os.path.dirname(os.path.dirname(cli.__file__))
+    root = os.path.dirname(os.path.dirname(os.path.dirname(cli.__file__)))
     return subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
 
 

@@ -1,0 +1,5 @@
+"""``python -m impure_fast.cli``."""
+
+from . import main
+
+main()

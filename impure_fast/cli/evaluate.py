@@ -1,0 +1,77 @@
+"""``impure-fast evaluate``."""
+
+from __future__ import annotations
+
+import os
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .common import check_device, progress_bar
+
+
+class Suite(str, Enum):
+    """Suites of evaluation."""
+
+    ladder = "ladder"
+    paper = "paper"
+    standard = "standard"
+
+
+def evaluate(
+    data: Annotated[
+        str | None, typer.Option(metavar="PATH", help="Packed npz, shards, or a folder with a folder a class.")
+    ] = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="DIR", help="Of the report; a run there goes on.")
+    ] = Path("evaluation"),
+    config: Annotated[
+        Path | None, typer.Option(metavar="JSON", help="Fields of Settings; the options below go before them.")
+    ] = None,
+    suite: Annotated[Suite | None, typer.Option(help="Unset: ladder.")] = None,
+    classifier: Annotated[
+        str | None, typer.Option(help="lite0, the authors' three, timm or torchvision name, module:factory.")
+    ] = None,
+    classifier_weights: Annotated[str | None, typer.Option(metavar="FILE", help="In place of a download.")] = None,
+    purifier: Annotated[list[str] | None, typer.Option(help="Name or file; repeat to compare.")] = None,
+    surrogate: Annotated[list[str] | None, typer.Option(help="Classifier whose attacks transfer; may repeat.")] = None,
+    eps: Annotated[list[float] | None, typer.Option(help="In 1/255; may repeat. Unset: the suite's own.")] = None,
+    images: Annotated[int | None, typer.Option(min=1, help="Pictures.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps of white-box attacks.")] = None,
+    eot: Annotated[int | None, typer.Option(min=1, help="Draws a gradient step averages.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Pictures at once; bounds memory.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0)] = None,
+    device: Annotated[str | None, typer.Option(help="As torch names it.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="PGD-50, EOT-10, 64 pictures, for a first look.")] = False,
+) -> None:
+    """Attack classifier and purifier together, with baselines and sanity checks, and report.
+
+    The defaults are the full protocol: PGD-200, EOT-20, 512 pictures. What is not
+    given keeps the defaults of impure_fast.evaluation.suites.Settings. Ctrl-C
+    stops; the same command goes on.
+    """
+    from ..evaluation import report, run, suites
+
+    sys.path.insert(0, os.getcwd())  # an own classifier may lie here, as with python -m
+    given: dict[str, Any] = dict(
+        data=data, suite=suite and suite.value, classifier=classifier, classifier_weights=classifier_weights
+    )
+    given |= dict(purifiers=purifier, surrogates=surrogate, eps=eps, images=images, steps=steps, eot=eot)
+    given |= dict(batch=batch, seed=seed, device=device)
+    settings = suites.Settings.from_file(config, quick, **{k: v for k, v in given.items() if v not in (None, [])})
+    check_device(settings.device)
+    with progress_bar() as progress:
+        tasks: dict[str, Any] = {}
+
+        def show(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = progress.add_task(what, total=total)
+            progress.update(tasks[what], completed=done, visible=done < total)
+
+        results = run.evaluate(settings, output, progress=show)
+    for sentence in report.summary(results):
+        typer.echo(sentence)
+    typer.echo(f"wrote {output / 'report.html'}, report.md and results.json")
