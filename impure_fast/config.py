@@ -205,8 +205,12 @@ _TINY = IMPureConfig(
     tile_stride=32,
 )
 
+# Pictures of 32 pixels in one tile.
+_TINY_CIFAR10 = dataclasses.replace(_TINY, image_size=32, patch_size=2, tile_size=32, tile_stride=32)
+
 PRESETS: dict[str, IMPureConfig] = {
     "impure_base_patch16_224": _BASE,
     "impure_base_patch16_224_dec384": dataclasses.replace(_BASE, decoder_embed_dim=384, decoder_num_heads=12),
     "impure_tiny": _TINY,
+    "impure_tiny_cifar10": _TINY_CIFAR10,
 }

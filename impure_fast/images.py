@@ -236,9 +236,12 @@ class PackedImages:
 
 
 def random_view(image: Pixels, side: int, rng: np.random.Generator) -> Pixels:
-    """A random square crop of 70 to 100 % of the short side, scaled to ``side`` (bicubic), mirrored at random."""
+    """A random square crop of 70 to 100 % of the short side, scaled to ``side`` (bicubic), mirrored at random.
+
+    A picture whose short side is ``side`` already keeps its pixels.
+    """
     height, width = image.shape[:2]
-    crop = int(min(height, width) * rng.uniform(0.7, 1.0))
+    crop = int(min(height, width) * (rng.uniform(0.7, 1.0) if min(height, width) != side else 1))
     top, left = rng.integers(height - crop + 1), rng.integers(width - crop + 1)
     view = Image.fromarray(image[top : top + crop, left : left + crop]).resize((side, side), Image.Resampling.BICUBIC)
     return np.asarray(view)[:, :: -1 if rng.random() < 0.5 else 1]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -12,10 +13,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from impure_fast import can_run, cli, zoo
 from impure_fast.checkpoints import read_safetensors, save_safetensors
-from impure_fast.images import PackedImages, read_image
+from impure_fast.classifiers import CifarResNet
+from impure_fast.evaluation.targets import load_pictures, load_target
+from impure_fast.images import PackedImages, encode_jpeg, read_image, write_packed
 from impure_fast.ops._lib import OPERATORS
 
 AS_ROOT = hasattr(os, "geteuid") and os.geteuid() == 0
@@ -365,19 +369,20 @@ def test_export_writes_a_program_and_refuses(tmp_path, run, weights):
 @pytest.fixture
 def training(monkeypatch):
     """Replaces the training itself; collects its arguments."""
-    from impure_fast import classifiers
+    from impure_fast.evaluation import targets
     from impure_fast.training import loop
 
     calls = []
 
-    def train(config, data, output, classifier, progress, device):
+    def train(config, data, output, classifier, progress, device, guide=None):
+        assert (guide is None) == (not config.guide)
         calls.append((config, data, output, device))
         progress("pairs", 1, 2, {})
         progress("train", 1, config.steps, {"loss": 0.5, "pictures_per_second": 3.0})
         return config.steps == 7
 
     monkeypatch.setattr(loop, "train", train)
-    monkeypatch.setattr(classifiers, "efficientnet_lite0", torch.nn.Identity)
+    monkeypatch.setattr(targets, "efficientnet_lite", lambda version: torch.nn.Identity())
     return calls
 
 
@@ -394,11 +399,52 @@ def test_train_passes_only_what_was_given(tmp_path, run, training):
     assert training == [(wanted, tmp_path / "d.npz", tmp_path / "run", "cpu")]
 
 
+def test_train_takes_classifier_and_guide_by_name(tmp_path, run, training):
+    files = {}
+    for depth in (8, 14):
+        files[depth] = tmp_path / f"{depth}.safetensors"
+        save_file(CifarResNet(depth).state_dict(), files[depth])
+    names = [f"cifar_resnet{depth}={file}" for depth, file in files.items()]
+    given = ["--data", "d.npz", "--output", tmp_path, "--steps", 7, "--classifier", names[0], "--guide", names[1]]
+    assert run("train", *given)[0] == 0
+    assert (training[0][0].classifier, training[0][0].guide) == tuple(names)
+    assert run("train", *given, "--guide", "cifar_resnet20")[2].startswith(
+        "error: cifar_resnet20 comes without weights: name a file of them (cifar_resnet20=FILE).\n"
+    )
+
+
+def test_finetune_learns_and_repeats_itself(tmp_path, run):
+    rng = np.random.default_rng(0)
+    labels = np.arange(48) % 2  # dark pictures and light ones
+    pictures = [rng.integers(0, 120, (32, 32, 3), np.uint8) + np.uint8(130 * label) for label in labels]
+    data = tmp_path / "two.npz"
+    write_packed(data, [encode_jpeg(picture, 90, None) for picture in pictures], labels, ["a"] * 48)
+    torch.manual_seed(0)
+    start = tmp_path / "start.safetensors"
+    save_file(CifarResNet(8).state_dict(), start)
+    outs = [tmp_path / "one.safetensors", tmp_path / "two.safetensors"]
+    for out in outs:
+        arguments = [f"cifar_resnet8={start}", "--data", data, "--output", out, "--epochs", 4, "--batch", 16]
+        code, text, errors = run("finetune", *arguments)
+        assert (code, text, errors) == (0, f"fine-tuned on 48 pictures; wrote {out}\n", "")
+    one, two = map(load_file, outs)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    target = load_target(f"cifar_resnet8={outs[0]}")
+    found = load_pictures(data, target.prepare, 48)
+    assert (target.model(found.images).argmax(dim=1) == found.labels).float().mean() >= 0.9
+    assert run("finetune", *arguments)[2] == f"error: {out} exists; --overwrite replaces it.\n"
+    code, _, errors = run("finetune", *arguments, "--overwrite", "--lr", 1e9)
+    assert code == 1
+    assert re.match(r"error: The loss is (nan|inf) at step \d; try a lower --lr than 1000000000.0.\n", errors)
+    write_packed(data, [encode_jpeg(picture, 90, None) for picture in pictures], labels + 10, ["a"] * 48)
+    assert run("finetune", *arguments, "--overwrite")[2] == "error: label 11: cifar_resnet8 knows 10 classes.\n"
+
+
 def test_train_plans_without_data_or_training(tmp_path, run, training, monkeypatch):
-    from impure_fast import classifiers
+    from impure_fast.evaluation import targets
 
     monkeypatch.setenv("COLUMNS", "120")
-    monkeypatch.setattr(classifiers, "efficientnet_lite0", lambda: torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3)))
+    monkeypatch.setattr(targets, "efficientnet_lite", lambda version: torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3)))
     recipe = tmp_path / "recipe.json"
     recipe.write_text('{"crop": 64, "guide_nodes": ["0"], "guide_weights": [1.0], "ema": 0.5}')
     arguments = ["--data", tmp_path / "no.npz", "--output", tmp_path / "run", "--config", recipe]

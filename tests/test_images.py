@@ -13,6 +13,7 @@ from impure_fast.images import (
     encode_jpeg,
     find_images,
     jpeg_bytes,
+    random_view,
     read_image,
     write_atomically,
     write_image,
@@ -331,3 +332,12 @@ def test_packed_file_is_shuffled_and_repeatable(tmp_path):
         assert file["names"].tolist() == [names[i] for i in labels]
     assert sorted(labels) == list(range(10)) != labels.tolist()
     assert [data[a:b].tobytes() for a, b in zip(offsets, offsets[1:], strict=False)] == [jpegs[i] for i in labels]
+
+
+def test_a_view_of_a_picture_that_has_its_size_keeps_the_pixels():
+    rng = np.random.default_rng(0)
+    picture = rng.integers(256, size=(32, 32, 3), dtype=np.uint8)
+    views = [random_view(picture, 32, rng) for _ in range(8)]
+    ways = {any(np.array_equal(view, way) for way in (picture, picture[:, ::-1])) for view in views}
+    assert ways == {True}
+    assert not any(np.array_equal(random_view(picture, 31, rng)[:, :31], picture[:31, :31]) for _ in range(8))

@@ -31,7 +31,7 @@ def make_app() -> typer.Typer:
     for command in (
         *(purify.purify, show.demo, show.info, show.models),
         *(files.data, files.convert, files.export),
-        *(train.train, evaluate.evaluate),
+        *(train.train, train.finetune, evaluate.evaluate),
     ):
         app.command()(plain_ending()(command))
     return app

@@ -33,7 +33,8 @@ def evaluate(
     ] = None,
     suite: Annotated[Suite | None, typer.Option(help="Unset: ladder.")] = None,
     classifier: Annotated[
-        str | None, typer.Option(help="lite0, the authors' three, timm or torchvision name, module:factory.")
+        str | None,
+        typer.Option(help="lite0, the authors' three, timm, torchvision, module:factory; NAME=FILE."),
     ] = None,
     classifier_weights: Annotated[str | None, typer.Option(metavar="FILE", help="In place of a download.")] = None,
     purifier: Annotated[list[str] | None, typer.Option(help="Name or file; repeat to compare.")] = None,

@@ -1,13 +1,14 @@
-"""``impure-fast train``."""
+"""``impure-fast train`` and ``finetune``."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from .common import check_device, progress_bar
+from .common import check_device, check_free, progress_bar
 
 
 def train(
@@ -25,28 +26,33 @@ def train(
     steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps.")] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Pictures a step.")] = None,
     lr: Annotated[float | None, typer.Option(help="Highest learning rate.")] = None,
+    classifier: Annotated[str | None, typer.Option(help="Attacked; a name of evaluate's, or NAME=FILE.")] = None,
+    guide: Annotated[str | None, typer.Option(help="Of the feature loss; unset: the classifier.")] = None,
     seed: Annotated[int | None, typer.Option(min=0)] = None,
     memory: Annotated[str | None, typer.Option(help="Kept for backward: all, default, tight or minimal.")] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Show what a step holds in memory, and train nothing.")] = False,
     device: Annotated[str, typer.Option(help="As torch names it.")] = "cpu",
 ) -> None:
-    """Train a purifier against attacks on EfficientNet-Lite0; Ctrl-C saves, the same command goes on.
+    """Train a purifier against attacks on a classifier; Ctrl-C saves, the same command goes on.
 
     What is not given keeps the defaults of impure_fast.training.loop.TrainConfig.
     """
-    from ..classifiers import LITE0_MEAN, LITE0_STD, Normalised, efficientnet_lite0
+    from ..evaluation.targets import load_target
     from ..training import loop
 
-    given = dict(model=model, init=init, steps=steps, batch=batch, lr=lr, seed=seed, memory=memory)
+    given: dict[str, Any] = dict(model=model, init=init, steps=steps, batch=batch, lr=lr, seed=seed, memory=memory)
+    given |= dict(classifier=classifier, guide=guide)
     settings = loop.TrainConfig.from_file(config, **{k: v for k, v in given.items() if v is not None})
     check_device(device)
-    classifier = Normalised(efficientnet_lite0(), LITE0_MEAN, LITE0_STD)
+    networks: dict[str, Any] = {"classifier": load_target(settings.classifier).model, "device": device}
+    if settings.guide:
+        networks["guide"] = load_target(settings.guide).model
     if plan:
         from rich.console import Console
 
         from ..training.plan import plan as planned
 
-        Console(highlight=False).print(*planned(loop.Networks.make(settings, classifier, device), settings).tables())
+        Console(highlight=False).print(*planned(loop.Networks.make(settings, **networks), settings).tables())
         return
     with progress_bar("{task.fields[note]}") as progress:
         tasks: dict[str, Any] = {}
@@ -57,8 +63,45 @@ def train(
                 tasks[phase] = progress.add_task(phase, total=total, completed=done, note=note)
             progress.update(tasks[phase], completed=done, note=note)
 
-        finished = loop.train(settings, data, output, classifier, progress=show, device=device)
+        finished = loop.train(settings, data, output, progress=show, **networks)
     if finished:
         typer.echo(f"trained; the weights are {output / 'model.safetensors'}")
     else:
         typer.echo(f"interrupted and saved in {output}; the same command goes on from there.")
+
+
+def finetune(
+    classifier: Annotated[str, typer.Argument(help="A name of evaluate's, or NAME=FILE, as cifar_resnet20=FILE.")],
+    data: Annotated[Path, typer.Option(metavar="PATH", help="Labelled pictures: packed npz or class folders.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT.safetensors")],
+    epochs: Annotated[int, typer.Option(min=1)] = 4,
+    lr: Annotated[float, typer.Option(help="Highest learning rate.")] = 0.02,
+    batch: Annotated[int, typer.Option(min=1)] = 128,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    device: Annotated[str, typer.Option(help="As torch names it.")] = "cpu",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.safetensors if it exists.")] = False,
+) -> None:
+    """Fine-tune a classifier on the pictures that it will be judged on.
+
+    The pictures are held in memory at the classifier's own size.
+    """
+    check_free(output, ".safetensors", overwrite)
+    check_device(device)
+    from safetensors.torch import save_file
+
+    from ..evaluation.targets import load_pictures, load_target
+    from ..images import write_atomically
+    from ..training.classifier import finetune as tune
+
+    target = load_target(classifier)
+    pictures = load_pictures(data, target.prepare, sys.maxsize)
+    with progress_bar("{task.fields[note]}") as progress:
+        task = progress.add_task("fine-tuning", total=None, note="")
+
+        def show(done: int, total: int, loss: float) -> None:
+            progress.update(task, completed=done, total=total, note=f"loss {loss:.3f}")
+
+        tune(target, pictures, epochs=epochs, lr=lr, batch=batch, seed=seed, device=device, progress=show)
+    state = getattr(target.model, "network", target.model).state_dict()
+    write_atomically(output, lambda path: save_file({k: v.cpu().contiguous() for k, v in state.items()}, path))
+    typer.echo(f"fine-tuned on {len(pictures.labels)} pictures; wrote {output}")

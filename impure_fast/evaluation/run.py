@@ -56,7 +56,7 @@ class Evaluation:
         s = settings
         self.target = load_target(s.classifier, s.classifier_weights)
         self.target.model.to(s.device)
-        self.surrogates = {name: load_target(name) for name in s.surrogates}
+        self.surrogates = {target.name: target for target in map(load_target, s.surrogates)}
         self.pictures = load_pictures(s.data, self.target.prepare, s.images)
         self.images = self.pictures.images.to(s.device)
         self.labels = self.pictures.labels.to(s.device)

@@ -154,7 +154,7 @@ def _ladder(settings: Settings, profile: Profile, defended: bool, eps: float) ->
         add("T0", "pgd", "classifier", size, steps=20, step_size=size / 4 / 255)
     for name in settings.surrogates:
         for attack in ("mifgsm", "difgsm"):
-            add("T1", attack, f"surrogate:{name}", steps=100, step_size=eps / 10 / 255, decay=1.0)
+            add("T1", attack, f"surrogate:{name.partition('=')[0]}", steps=100, step_size=eps / 10 / 255, decay=1.0)
     for level, knows in (("T2", "identity"), ("T3", "frozen"), ("T4", "fresh")):
         rung = settings.rung(level)
         if (level == "T2" and not defended) or (level == "T4" and not profile.randomised):

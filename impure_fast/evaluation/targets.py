@@ -19,7 +19,16 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from ..classifiers import LITE0_MEAN, LITE0_SIZE, LITE0_STD, Normalised, efficientnet_lite0
+from ..classifiers import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    LITE0_MEAN,
+    LITE0_STD,
+    LITE_SIZES,
+    CifarResNet,
+    Normalised,
+    efficientnet_lite,
+)
 from ..errors import InputError, MissingExtraError, MissingFileError
 from ..images import PackedImages, find_images, read_image
 from ..purify import to_float
@@ -86,16 +95,25 @@ AUTHORS: dict[str, tuple[Any, ...]] = {
 
 
 def load_target(name: str, weights: str | Path | None = None, pretrained: bool = True) -> Target:
-    """A classifier by name: "lite0" (packaged weights), one of AUTHORS, a timm or torchvision name ("timm:NAME" and
-    "torchvision:NAME" where both have it), or an own module "package.module:factory", whose factory returns a module
-    from images in [0, 1] to logits and may give it an attribute ``side``.
+    """A classifier by name: "lite0" to "lite2" (packaged weights), "cifar_resnet20" and other depths (``weights``
+    needed), one of AUTHORS, a timm or torchvision name ("timm:NAME" and "torchvision:NAME" where both have it), or an
+    own module "package.module:factory", whose factory returns a module from images in [0, 1] to logits and may give
+    it an attribute ``side``.  "NAME=FILE" names the weights too.
 
     weights: a state dict to load (safetensors, or .pth read as data only) in place of a download.
     pretrained: False leaves random weights.  Raises InputError, MissingFileError or MissingExtraError.
     """
+    name, _, file = name.partition("=")
+    weights = file or weights
     library, _, inner = name.rpartition(":")
-    if name == "lite0":
-        target = Target(name, Normalised(efficientnet_lite0(), LITE0_MEAN, LITE0_STD), LITE0_SIZE)
+    if lite := re.fullmatch("lite([012])", name):
+        network = efficientnet_lite(int(lite[1]))
+        target = Target(name, Normalised(network, LITE0_MEAN, LITE0_STD), LITE_SIZES[int(lite[1])])
+    elif depth := re.fullmatch(r"cifar_resnet(\d+)", name):
+        if weights is None and pretrained:
+            raise MissingFileError(f"{name} comes without weights: name a file of them ({name}=FILE).")
+        network = CifarResNet(int(depth[1]))
+        target = Target(name, Normalised(network, IMAGENET_MEAN, IMAGENET_STD), 32)
     elif library not in ("", "timm", "torchvision"):
         target = _own(name)
     else:
@@ -160,8 +178,8 @@ def _torchvision(name: str, inner: str, tag: str | None, pretrained: bool) -> Ta
         raise MissingExtraError(f"{name} needs torchvision: pip install torchvision.") from error
     if inner not in list_models():
         raise InputError(
-            f"There is no classifier {name!r}: it is neither lite0, nor one of {', '.join(AUTHORS)}, nor a name of "
-            "timm or torchvision, nor package.module:factory."
+            f"There is no classifier {name!r}: it is neither lite0 to lite2, nor one of {', '.join(AUTHORS)}, nor a "
+            "name of timm or torchvision, nor package.module:factory."
         )
     known = get_model_weights(inner)
     chosen = known[tag] if tag else known.DEFAULT

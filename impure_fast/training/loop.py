@@ -56,13 +56,15 @@ class TrainConfig:
     init: weights to begin from (a safetensors file); None begins from random ones.
     pairs: clean and adversarial views made before the first step, of side ``view``; the last ``held_out``
         pictures of the data are never used.  Pairs attacked elsewhere are the first so many of their folder.
+    classifier: what is attacked, by a name of ``evaluation.targets.load_target``.  guide: the network whose features
+        the loss compares; empty: the classifier.
     adversarial, noisy: shares of the inputs with a perturbation and with sign noise; the others are clean.  With
         neither, and no guide_nodes, this is pre-training.
     lr, warmup, weight_decay, clip: AdamW (0.9, 0.95), linear warm-up steps, then cosine to 0.
     accumulate: parts that a process takes one after the other for one step; same result in less memory.
     precision: bf16 (autocast) or fp32.
     ema: decay of the weights' running average, which is then what the run gives; 0 gives the last weights.
-    guide_nodes, guide_weights: nodes of EfficientNet-Lite0 and the weights of their L1 terms.
+    guide_nodes, guide_weights: nodes of the guide and the weights of their L1 terms.
     lpips, lpips_trunk: weight of LPIPS between purified and clean picture, beside or in place of the guide (no
         guide_nodes); alex, squeeze or vgg.
     attack_steps: of PGD through purifier and classifier before each step, whose result joins the batch (SPEC section
@@ -103,6 +105,8 @@ class TrainConfig:
     attack_step_size: float = 4 / 255
     freeze: str = ""
     crops: tuple[tuple[int, int], ...] = ()
+    classifier: str = "lite0"
+    guide: str = ""
 
     def __post_init__(self) -> None:
         network, tile = self.model_config, self.tile
@@ -176,8 +180,10 @@ class Networks:
     attacked: nn.Module | None
 
     @classmethod
-    def make(cls, config: TrainConfig, classifier: Normalised, device: str = "cpu") -> Networks:
-        """The purifier as the run begins with it; ``classifier`` is the guide, and what is attacked."""
+    def make(
+        cls, config: TrainConfig, classifier: nn.Module, device: str = "cpu", guide: nn.Module | None = None
+    ) -> Networks:
+        """The purifier as the run begins with it; ``classifier`` is attacked, and is the guide where none is given."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             model = IMPure(config.model_config)
@@ -187,10 +193,10 @@ class Networks:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(not name.startswith(FROZEN.get(config.freeze, ())))
         model, classifier = model.to(device).train(), classifier.to(device)
-        nodes = [f"network.{node}" for node in config.guide_nodes]
+        seen = (guide or classifier).to(device)
+        nodes = [f"network.{node}" if isinstance(seen, Normalised) else node for node in config.guide_nodes]
         lpips = lpips_network(config.lpips_trunk).to(device) if config.lpips else None
-        guide = Guide(classifier, nodes) if nodes else None
-        return cls(model, guide, lpips, classifier if config.attack_steps else None)
+        return cls(model, Guide(seen, nodes) if nodes else None, lpips, classifier if config.attack_steps else None)
 
     def judges(self) -> dict[str, nn.Module]:
         """{"guide": module, "lpips": module}, those that there are."""
@@ -317,14 +323,15 @@ def train(
     config: TrainConfig,
     data: str | Path,
     output: str | Path,
-    classifier: Normalised,
+    classifier: nn.Module,
     progress: Progress = lambda phase, done, total, figures: None,
     device: str = "cpu",
+    guide: nn.Module | None = None,
 ) -> bool:
     """Train, or go on with the run in ``output``; returns whether it reached its last step.
 
     data: packed npz, or a folder of pairs (``data.stored_pairs``).
-    classifier: ``classifiers.Normalised``, the attacked network and the guide.
+    classifier, guide: networks from images in [0, 1], as the config names them; no guide: the classifier.
     progress(phase, done, total, figures) is called with the phases "pairs" and "train".
     Writes output/: config.json, pairs/, checkpoint.pt, log.jsonl, model.safetensors, curves.png.
     Raises Error where the loss is not finite or ``output`` holds a run of another config.
@@ -334,7 +341,7 @@ def train(
     if odd := [n for n in {config.batch, *(n for _, n in config.crops)} if n % (world * config.accumulate)]:
         raise ConfigError(f"batch={odd[0]}: must be a multiple of {world} processes x accumulate={config.accumulate}.")
     pairs = _prepare(config, data, output, classifier, progress, rank)
-    networks = Networks.make(config, classifier, device)
+    networks = Networks.make(config, classifier, device, guide)
     model = networks.model
     optimiser = torch.optim.AdamW(parameter_groups(model, config.weight_decay), lr=config.lr, betas=(0.9, 0.95))
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema)) if config.ema else None
@@ -399,7 +406,7 @@ def _share(model: nn.Module, terms: dict[str, Tensor], stop: bool, world: int) -
 
 
 def _prepare(
-    config: TrainConfig, data: str | Path, output: Path, classifier: Normalised, progress: Progress, rank: int
+    config: TrainConfig, data: str | Path, output: Path, classifier: nn.Module, progress: Progress, rank: int
 ) -> Pairs:
     """Check and write ``output``'s config, and make its pairs: the first process does, the others open them."""
     output.mkdir(parents=True, exist_ok=True)
@@ -418,6 +425,7 @@ def _prepare(
         images.labels = images.labels[: len(images) - config.held_out]
         if not config.adversarial:
             options["eps"] = (0.0, 0.0)
+        options["batch"] = 10 * max(1, 224 // config.view)
         return adversarial_pairs(output / "pairs", images, classifier, **options)
 
     if rank == 0:
