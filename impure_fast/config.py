@@ -206,7 +206,7 @@ _TINY = IMPureConfig(
 )
 
 # Pictures of 32 pixels in one tile.
-_TINY_CIFAR10 = dataclasses.replace(_TINY, image_size=32, patch_size=2, tile_size=32, tile_stride=32)
+_TINY_CIFAR10 = dataclasses.replace(_TINY, image_size=32, tile_size=32, tile_stride=16)
 
 PRESETS: dict[str, IMPureConfig] = {
     "impure_base_patch16_224": _BASE,

