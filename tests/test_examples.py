@@ -80,7 +80,7 @@ def test_own_classifier_s_factory_is_one_for_the_evaluation(monkeypatch):
 
     monkeypatch.syspath_prepend(str(EXAMPLES))
     target = load_target("own_classifier:factory")
-    assert target.side == 64 and target.model(torch.rand(2, 3, 64, 64)).shape == (2, 5)
+    assert target.side == 128 and target.model(torch.rand(2, 3, 128, 128)).shape == (2, 5)
 
 
 def test_training_on_a_folder_gives_weights_that_purify(run, tmp_path):
