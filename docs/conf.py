@@ -10,7 +10,7 @@ extensions = ["sphinx.ext.autodoc", "myst_parser"]
 myst_heading_anchors = 3
 html_theme = "furo"
 html_title = f"{project} {release}"
-html_copy_source = html_show_sourcelink = False
+html_copy_source = html_show_sourcelink = html_show_copyright = False
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 autodoc_typehints_format = "short"
