@@ -53,10 +53,12 @@ def test_make_targets_that_are_named_exist():
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
-def test_files_that_are_named_exist(path):
+def test_files_that_are_named_or_linked_exist(path):
     folders = r"impure_fast|benchmarks|docs|tests|examples|csrc|kernels|\.github"
     for name in re.findall(rf"`((?:{folders})/[\w./-]*)`", path.read_text()):
         assert (ROOT / name).exists(), name
+    for link in re.findall(r"\]\((?!https:)([^)#]+)", path.read_text()):
+        assert (path.parent / link).exists(), link
 
 
 def test_the_drawing_is_what_its_script_draws():
