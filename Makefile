@@ -3,11 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
-EXTRAS := cli,timm,hub,demo,attack,perceptual,evaluate,art,train,bench,onnx,dev
+EXTRAS := cli,timm,hub,demo,attack,perceptual,evaluate,art,train,bench,onnx,docs,dev
 BUILD_TOOLS := setuptools wheel ninja pybind11
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-wheel lint bench clean constraints
+.PHONY: help setup demo test test-slow test-wheel newcomer lint docs linkcheck bench clean constraints
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -38,11 +38,18 @@ test-slow: $(STAMP) ## run the slow tests
 test-wheel: $(STAMP) ## build sdist and wheel, test the wheel outside the tree on the oldest torch
 	rm -rf build/dist build/away
 	$(BIN)/python -m build --no-isolation --outdir build/dist .
+	$(BIN)/python -m twine check --strict build/dist/*
 	test -x build/oldest/bin/python || $(PYTHON) -m venv build/oldest
 	build/oldest/bin/python -m pip install --quiet --upgrade pip
 	build/oldest/bin/python -m pip install --quiet "torch==2.11.*" "numpy<2.3" pytest build/dist/*.whl
 	mkdir build/away && cp -r tests build/away
 	cd build/away && ../oldest/bin/python -m pytest -q tests/ops tests/golden tests/test_engine.py
+
+newcomer: $(STAMP) ## time a newcomer's way, from pip install of the wheel to a purified picture
+	rm -rf build/newcomer
+	IMPURE_FAST_BUILD=none $(BIN)/python -m build --no-isolation --outdir build/newcomer .
+	$(BIN)/python -m benchmarks.newcomer build/newcomer/*.whl \
+		"$$($(BIN)/python -c 'import skimage; print(*skimage.__path__)')/data/chelsea.png" --json build/newcomer/newcomer.json
 
 # The type checker cannot see that kernels/ is installed as impure_fast.kernels, so it reads a tree of links.
 lint: $(STAMP) ## check style, format and types
@@ -52,6 +59,12 @@ lint: $(STAMP) ## check style, format and types
 	rm -rf build/types && mkdir -p build/types/impure_fast
 	ln -s $(CURDIR)/impure_fast/* $(CURDIR)/kernels build/types/impure_fast/
 	cd build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p impure_fast
+
+docs: $(STAMP) ## build the site into build/docs; warnings are errors
+	$(BIN)/python -m sphinx -W --keep-going -q -d build/doctrees docs build/docs
+
+linkcheck: $(STAMP) ## ask for every outside link of the site; needs a network
+	$(BIN)/python -m sphinx -W --keep-going -q -d build/doctrees -b linkcheck docs build/linkcheck
 
 bench: $(STAMP) ## run the benchmarks
 	$(BIN)/python -m benchmarks run

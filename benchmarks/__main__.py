@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     score.add_argument("--rounds", type=int, default=31)
     score.add_argument("--json", metavar="FILE")
-    command(results.report, "report", "tables and pictures from kernels.csv, and the README's table")
+    command(results.report, "report", "tables and pictures of docs/explained/kernels.md from kernels.csv")
     return parser
 
 

@@ -1,4 +1,4 @@
-"""Results as one long CSV that is only ever appended to, and the README's table and pictures made from it."""
+"""Results as one long CSV that is only ever appended to; the tables and pictures of docs/explained/kernels.md."""
 
 from __future__ import annotations
 
@@ -12,13 +12,19 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
 from impure_fast import __version__
 from impure_fast.errors import InputError
 
 from .providers import STRONG
+from .registry import PROBLEMS
+from .runner import flat
 
 ROOT = Path(__file__).parent.parent
 CSV = ROOT / "benchmarks" / "results" / "kernels.csv"
+PAGE = ROOT / "docs" / "explained" / "kernels.md"
 BEGIN, END = "<!-- kernels: made by python -m benchmarks report -->", "<!-- kernels: end -->"
 COLUMNS = (
     *("commit", "date", "versions", "device", "dtype", "op", "shape"),
@@ -127,21 +133,45 @@ def table(entries: list[dict[str, str]]) -> str:
     return "\n".join([*text, "", note])
 
 
-def in_readme(readme: str, block: str) -> str:
-    """The README with ``block`` between the two marks.  Raises InputError where it has not both of them."""
-    before, first, rest = readme.partition(BEGIN)
+def floors() -> str:
+    """Markdown: what no implementation of an operator can do without, and the operations a byte that follow from it."""
+    text = ["| operator | shape | MFLOP | MB, float32 | FLOP a byte, float32 | bfloat16 |"]
+    text.append("| --- | --- | ---: | ---: | ---: | ---: |")
+    for problem in PROBLEMS:
+        if not problem.small and not problem.preset:
+            needs = []
+            for dtype in (torch.float32, torch.bfloat16):
+                with FakeTensorMode():  # only shapes count
+                    inputs = problem.make(dtype, "cpu")
+                    needs.append(problem.work(inputs, flat(problem.reference(*inputs))))
+            (moved, flops), _ = needs
+            intensities = " | ".join(f"{flops / moved:.1f}" for moved, flops in needs)
+            text.append(f"| {problem.op} | {problem.shape} | {flops / 1e6:.1f} | {moved / 1e6:.1f} | {intensities} |")
+    return "\n".join(text)
+
+
+def block(entries: list[dict[str, str]]) -> str:
+    """What ``report`` puts into docs/explained/kernels.md."""
+    pictures = [f"![{name}](../../benchmarks/results/{name}.png)" for name, draw in PICTURES.items() if draw(entries)]
+    parts = ["### The least that must be done", floors(), "### What was measured", table(entries), *pictures]
+    return "\n\n".join(parts)
+
+
+def in_page(page: str, text: str) -> str:
+    """The page with ``text`` between the two marks.  Raises InputError where it has not both of them."""
+    before, first, rest = page.partition(BEGIN)
     _, last, after = rest.partition(END)
     if not (first and last):
-        raise InputError(f"README.md lacks the marks {BEGIN} and {END}.")
-    return f"{before}{BEGIN}\n{block}\n{END}{after}"
+        raise InputError(f"{PAGE.name} lacks the marks {BEGIN} and {END}.")
+    return f"{before}{BEGIN}\n{text}\n{END}{after}"
 
 
 def report(options: Any) -> None:
-    """The README's table, and the pictures that there are figures for."""
-    entries, readme = read(), ROOT / "README.md"
-    readme.write_text(in_readme(readme.read_text(), table(entries)))
+    """The page's tables, and the pictures that there are figures for."""
+    entries = read()
+    PAGE.write_text(in_page(PAGE.read_text(), block(entries)))
     print(table(entries))
-    for name, draw in {"speedup": _bars, "roofline": _roofline, "memory": _memory, "latency": _latency}.items():
+    for name, draw in PICTURES.items():
         if figure := draw(entries):
             path = CSV.with_name(f"{name}.png")
             figure.savefig(path, dpi=80, bbox_inches="tight")
@@ -214,3 +244,6 @@ def _latency(entries: list[dict[str, str]]) -> Any:
     axes.set(xscale="log", xlabel="median latency, ms", ylabel="images a second")
     axes.legend(fontsize=7)
     return figure
+
+
+PICTURES = {"speedup": _bars, "roofline": _roofline, "memory": _memory, "latency": _latency}

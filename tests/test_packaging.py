@@ -1,10 +1,11 @@
-"""What a wheel holds, and how the build answers to IMPURE_FAST_BUILD."""
+"""What wheel and sdist hold, and how the build answers to IMPURE_FAST_BUILD."""
 
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -60,3 +61,20 @@ def test_wheel_holds_the_package_and_nothing_else(tree):
     assert held == wanted | {"impure_fast/_build.json"}
     assert set(report["not_built"]) == {"cpu", "cuda", "info"}
     assert "impure-fast = impure_fast.cli:main" in scripts
+
+
+@pytest.mark.slow
+def test_sdist_holds_the_repository(tmp_path):
+    git = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if git.returncode:
+        pytest.skip("This is no checkout.")
+    tracked = {name for name in git.stdout.splitlines() if not name.startswith(".")}
+    for name in tracked:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    run = build(tmp_path, "none", "-m", "build", "--sdist", "--no-isolation")
+    assert run.returncode == 0, run.stderr
+    (sdist,) = (tmp_path / "dist").glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        held = {member.name.partition("/")[2] for member in archive if member.isfile()}
+    assert {name for name in held if ".egg-info/" not in name} == tracked | {"PKG-INFO", "setup.cfg"}

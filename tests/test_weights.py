@@ -78,6 +78,8 @@ def rows(name):
     ("text", "result"),
     [
         ("README.md", "impure_tiny-nips17.json"),
+        ("docs/explained/results.md", "impure_tiny-nips17.json"),
+        ("docs/explained/results.md", "impure_tiny-demo.json"),
         ("impure_fast/weights/impure_tiny.standard.md", "impure_tiny-nips17.json"),
         ("impure_fast/weights/impure_tiny.standard.md", "impure_tiny-demo.json"),
     ],
@@ -86,3 +88,24 @@ def test_tables_say_what_the_measurement_said(text, result):
     lines = (ROOT / text).read_text().splitlines()
     for row in rows(result):
         assert row in lines
+
+
+@pytest.mark.parametrize("text", ["README.md", "impure_fast/weights/impure_tiny.standard.md"])
+def test_the_attacker_who_knows_the_purifier_is_told_of(text):
+    known = json.loads((RESULTS / "impure_tiny-white-box.json").read_text())["white_box"]
+    words = " ".join((ROOT / text).read_text().split())
+    assert f"leaves {known['2']:.0f} % at 2/255 and {known['4']:.0f} % at 4/255 ({known['n']} views" in words
+
+
+def test_the_results_page_says_what_its_files_say():
+    page = " ".join((ROOT / "docs" / "explained" / "results.md").read_text().split())
+    for path in sorted(RESULTS.glob("*.json")):
+        if "white_box" not in (r := json.loads(path.read_text())):
+            continue
+        told = f"[{path.name}](../../benchmarks/results/{path.name}): {r['n']} pictures ({r['pictures']}), "
+        told += f"{r['classifier']}, {r['attack']}, steps {r['image_step']} and {r['feature_step']}, "
+        assert told + f"PSNR purified/clean {r['psnr']:.2f} dB, {r['date']}." in page
+        if known := r["white_box"]:
+            assert f"| knows the classifier | | {r['purified']['4']:.1f} | {r['purified']['8']:.1f} |" in page
+            assert f"| knows the purifier too | {known['2']:.1f} | {known['4']:.1f} | |" in page
+            assert f"Without an attack {r['purified_clean']:.1f} of these are right" in page

@@ -63,7 +63,7 @@ def adversarial_pairs(
             with torch.no_grad():
                 labels = classifier(x).argmax(dim=1)
             own_seed = seed * 1_000_003 + start
-            attacked = pgd(classifier, x, labels, eps=size, steps=6, step_size=size / 3, seed=own_seed)
+            attacked = pgd(classifier, x, labels, eps=size, steps=6, step_size=size / 3, seed=own_seed, batch=batch)
             store.adversarial[start:stop] = to_bytes(attacked)
         _note(Path(folder), recipe, stop)
         progress(stop, count)

@@ -1,4 +1,4 @@
-"""The benchmark suite: what is wrong is not timed, the README agrees with the figures, the scorer is not fooled."""
+"""The benchmark suite: what is wrong is not timed, the page agrees with the figures, the scorer is not fooled."""
 
 import json
 import subprocess
@@ -130,19 +130,19 @@ def test_results_are_appended_and_never_overwritten(tmp_path):
     assert path.read_text() == "a,b\n1,2\n"
 
 
-def test_readme_and_results_agree():
-    readme = (ROOT / "README.md").read_text()
-    assert results.in_readme(readme, results.table(results.read())) == readme, "run python -m benchmarks report"
+def test_page_and_results_agree():
+    page = results.PAGE.read_text()
+    assert results.in_page(page, results.block(results.read())) == page, "run python -m benchmarks report"
 
 
-def test_a_changed_figure_shows_in_the_readme():
+def test_a_changed_figure_shows_in_the_page():
     entries = results.read()
     changed = next(e for e in entries if e["statistic"] == "median_us" and e["provider"] == "cpp")
     changed["value"] = "1"
-    readme = (ROOT / "README.md").read_text()
-    assert results.in_readme(readme, results.table(entries)) != readme
+    page = results.PAGE.read_text()
+    assert results.in_page(page, results.block(entries)) != page
     with pytest.raises(InputError, match="lacks the marks"):
-        results.in_readme(readme.replace(results.END, ""), "")
+        results.in_page(page.replace(results.END, ""), "")
 
 
 def test_pictures_are_drawn_where_there_are_figures():
@@ -154,8 +154,9 @@ def test_pictures_are_drawn_where_there_are_figures():
         for provider in ("cuda", "sdpa")
         for k, v in figures.items()
     ]
-    for draw in (results._bars, results._roofline, results._memory, results._latency):
+    for name, draw in results.PICTURES.items():
         assert draw(entries) is not None and draw([]) is None
+        assert f"{name}.png" in results.block(entries) and f"{name}.png" not in results.block([])
 
 
 def test_problem_files_are_what_the_registry_writes():
