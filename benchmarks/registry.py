@@ -25,12 +25,13 @@ from impure_fast.ops._lib import OPERATORS
 from impure_fast.ops.patch_mix import shown
 from impure_fast.philox import IMAGE_NOISE
 
-# Arguments of a reference that no problem sets, as the text of an expression in its tensors: the problem files hold it.
-REST: dict[str, dict[str, str]] = {
-    "patch_mask": {"seed": "None", "streams": "None"},
-    "patch_assemble": {"clamp": "False", "to_uint8": "False"},
-    "normalise_rows": {"scale": "1.0", "zero": "0", "dtype": "x.dtype"},
+# Arguments of a reference that no problem sets; one called dtype is that of the first tensor.
+REST: dict[str, dict[str, Any]] = {
+    "patch_mask": {"seed": None, "streams": None},
+    "patch_assemble": {"clamp": False, "to_uint8": False},
+    "normalise_rows": {"scale": 1.0, "zero": 0},
 }
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 # How a tensor is filled, in shape, dtype and generator.  Never zeros: they are faster than data.
 LAWS = {
@@ -74,8 +75,8 @@ class Problem:
 
     @property
     def dtypes(self) -> tuple[str, ...]:
-        """Names of the dtypes it can take; () where any."""
-        return () if any("dtype" in LAWS[law] for _, law in self.tensors.values()) else ("float32",)
+        """Names of the dtypes that it comes in."""
+        return DTYPES if any("dtype" in LAWS[law] for _, law in self.tensors.values()) else DTYPES[:1]
 
     @property
     def names(self) -> list[str]:
@@ -104,9 +105,8 @@ class Problem:
 
     def arguments(self, inputs: tuple[Tensor, ...]) -> list[Any]:
         """Inputs and options in the order of the operator's reference."""
-        tensors = dict(zip(self.names, inputs, strict=True))
-        values = {**tensors, **self.options}
-        values |= {name: eval(text, tensors.copy()) for name, text in REST.get(self.op, {}).items()}
+        values = {**dict(zip(self.names, inputs, strict=True)), **self.options, **REST.get(self.op, {})}
+        values["dtype"] = inputs[0].dtype
         return [values[name] for name in inspect.signature(OPERATORS[self.op].reference).parameters]
 
     def work(self, inputs: tuple[Tensor, ...], out: list[Tensor]) -> tuple[float, float]:
@@ -229,9 +229,7 @@ def _patches(n: int, side: int, patch: int, small: bool = False) -> Iterator[Pro
 def _net(preset: str, batch: int, side: int, small: bool = False, large: bool = False) -> Problem:
     tensors = {"images": ((batch, 3, side, side), "image")}
     shape = f"{batch}x3x{side}x{side}"
-    return Problem(
-        f"reconstruct {preset}", shape, tensors, {}, float("nan"), small=small, large=large, preset=preset
-    )
+    return Problem(f"reconstruct {preset}", shape, tensors, {}, float("nan"), small=small, large=large, preset=preset)
 
 
 def _noise(n: int, count: int, small: bool = False) -> Problem:
@@ -288,3 +286,12 @@ def problems(names: str = "", shapes: str = "", small: bool = False, device: str
         known = "; ".join(f"{p.op} {p.shape}" for p in PROBLEMS if p.small == small)
         raise InputError(f"No problem fits ops {names!r} and shapes {shapes!r} on {device}; there are {known}.")
     return taken
+
+
+def cases(options: Any) -> Iterator[tuple[Problem, str, str]]:
+    """(problem, dtype, mode) as the command line's options choose them."""
+    for problem in problems(options.ops, options.shapes, options.small, options.device):
+        for dtype in options.dtypes:
+            for mode in options.modes:
+                if dtype in problem.dtypes and (mode == "forward" or problem.gradients):
+                    yield problem, dtype, mode

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import os
 import subprocess
 from collections import defaultdict
-from datetime import date
+from collections.abc import Mapping, Sequence
+from datetime import datetime
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from typing import Any
 from impure_fast import __version__
 from impure_fast.errors import InputError
 
-from .providers import STRONG
+from .providers import BASELINES
 
 ROOT = Path(__file__).parent.parent
 CSV = ROOT / "benchmarks" / "results" / "kernels.csv"
@@ -24,17 +26,25 @@ COLUMNS = (
     *("commit", "date", "versions", "device", "dtype", "op", "shape"),
     *("provider", "mode", "statistic", "value"),
 )
-BASELINES = (*STRONG, "reference", "authors")
-OURS = ("cpp", "triton", "cuda", "auto", "engine", "engine int8")
+OURS = ("cpp", "triton", "cuda", "auto", "engine")
 _KEYS = ("dtype", "op", "shape", "provider", "mode")
 _TEXT = (*_KEYS, "machine", "clock", "baseline", "why_not", "note", "date", "commit")  # of a row; the rest is figures
 
 
+@functools.cache
 def commit() -> str:
     """Of this checkout, with + where it holds changes; "unknown" outside a checkout."""
     call = ["git", "-C", str(ROOT), "describe", "--always", "--exclude=*", "--dirty=+"]
-    run = subprocess.run(call, capture_output=True, text=True)
-    return run.stdout.strip() or "unknown"
+    try:
+        return subprocess.run(call, capture_output=True, text=True).stdout.strip() or "unknown"
+    except OSError:  # no git
+        return "unknown"
+
+
+@functools.cache
+def began() -> str:
+    """Date and time by which the lines of one run are known."""
+    return datetime.now().isoformat(timespec="seconds")
 
 
 def lines(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
@@ -45,7 +55,7 @@ def lines(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
         extra = [f"impure_fast {__version__}", f"torch {versions}", row.get("clock"), row.get("note")]
         base = {
             "commit": row.get("commit") or commit(),
-            "date": row.get("date") or date.today().isoformat(),
+            "date": row.get("date") or began(),
             "versions": ", ".join(filter(None, extra)),
             "device": device,
             **{key: row[key] for key in _KEYS},
@@ -59,17 +69,21 @@ def lines(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
     return found
 
 
-def append(path: str | Path, rows: list[dict[str, Any]]) -> None:
-    """Add a run to the CSV.  Raises InputError where the file has other columns."""
+def append(path: str | Path, columns: Sequence[str], entries: Sequence[Mapping[str, Any]]) -> None:
+    """Add lines to a CSV, made with its heading where it is missing.
+
+    Raises InputError where the file has other columns.
+    """
     path, text = Path(path), io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
     if path.exists() and path.stat().st_size:
         with path.open(newline="") as file:
-            if tuple(next(csv.reader(file))) != COLUMNS:
-                raise InputError(f"{path} has other columns than {','.join(COLUMNS)}; name another file.")
+            if next(csv.reader(file)) != list(columns):
+                raise InputError(f"{path} has other columns than {','.join(columns)}; name another file.")
     else:
+        path.parent.mkdir(parents=True, exist_ok=True)
         writer.writeheader()
-    writer.writerows(lines(rows))
+    writer.writerows(entries)
     # One write at the end of the file: what is there already is never touched.
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     with os.fdopen(descriptor, "w") as file:
@@ -97,12 +111,14 @@ def _ratios(entries: list[dict[str, str]]) -> list[tuple[tuple[str, ...], float,
             run = (*(line[key] for key in ("device", "dtype", "op", "shape", "mode")), line["commit"], line["date"])
             runs[run][line["provider"]] = float(line["value"])
     found = {}  # of several runs the last one stays
-    for (device, dtype, op, shape, mode, at, day), medians in runs.items():
+    for (device, dtype, op, shape, mode, at, began), medians in runs.items():
         baselines = [t for name, t in medians.items() if any(fnmatch(name, pattern) for pattern in BASELINES)]
-        for provider in OURS if baselines else ():
-            if provider in medians:
-                key = (device, dtype, op, shape, provider, mode)
-                found[key] = (key, min(baselines) / medians[provider], f"{device}, {day}, commit {at}")
+        ours = [name for name in OURS if name in medians]
+        if ours[:1] not in ([], ["auto"]):  # it takes one of those before it
+            ours = [name for name in ours if name != "auto"]
+        for provider in ours if baselines else ():
+            key = (device, dtype, op, shape, provider, mode)
+            found[key] = (key, min(baselines) / medians[provider], f"{device}, {began[:10]}, commit {at}")
     return list(found.values())
 
 
@@ -121,8 +137,9 @@ def table(entries: list[dict[str, str]]) -> str:
         text.append(f"| {' | '.join([*key, *figures])} |")
     sources = "; ".join(sorted({source for *_, source in found}))
     note = (
-        "Times as fast as the fastest baseline of the same run: the reference, torch's attention in each of its"
-        f" backends, plain products, torch.compile, as far as the CSV has them. Both: forward and backward. {sources}."
+        "Times as fast as the fastest baseline of the same run, by medians: the reference, torch's attention in each of"
+        " its backends, plain products, torch.compile, the authors' code, as far as the CSV has them. Both: forward and"
+        f" backward. {sources}."
     )
     return "\n".join([*text, "", note])
 
@@ -138,14 +155,17 @@ def in_readme(readme: str, block: str) -> str:
 
 def report(options: Any) -> None:
     """The README's table, and the pictures that there are figures for."""
+    from . import latency
+
     entries, readme = read(), ROOT / "README.md"
     readme.write_text(in_readme(readme.read_text(), table(entries)))
     print(table(entries))
-    for name, draw in {"speedup": _bars, "roofline": _roofline, "memory": _memory, "latency": _latency}.items():
+    for name, draw in {"speedup": _bars, "roofline": _roofline, "memory": _memory}.items():
         if figure := draw(entries):
-            path = CSV.with_name(f"{name}.png")
-            figure.savefig(path, dpi=80, bbox_inches="tight")
-            print(f"wrote {path.relative_to(ROOT)}")
+            figure.savefig(CSV.with_name(f"{name}.png"), dpi=80, bbox_inches="tight")
+            print(f"wrote benchmarks/results/{name}.png")
+    latency.draw(ROOT / "docs" / "latency.png", read(latency.CSV))
+    print("wrote docs/latency.png")
 
 
 def _axes(height: float = 4.0) -> tuple[Any, Any]:
@@ -197,20 +217,4 @@ def _memory(entries: list[dict[str, str]]) -> Any:
     axes.invert_yaxis()
     axes.tick_params(axis="y", labelsize=6)
     axes.set(xscale="log", xlabel="MiB allocated at most beside the inputs")
-    return figure
-
-
-def _latency(entries: list[dict[str, str]]) -> Any:
-    points: dict[str, list[tuple[float, float]]] = defaultdict(list)
-    for key, statistics in latest(entries).items():
-        if {"p50_ms", "images_per_second"} <= statistics.keys():
-            pair = (float(statistics["p50_ms"]["value"]), float(statistics["images_per_second"]["value"]))
-            points[f"{key[0]}, {key[4]}, {key[1]}"].append(pair)
-    if not points:
-        return None
-    figure, axes = _axes()
-    for label, found in points.items():
-        axes.plot(*zip(*sorted(found), strict=True), marker="o", label=label)
-    axes.set(xscale="log", xlabel="median latency, ms", ylabel="images a second")
-    axes.legend(fontsize=7)
     return figure
