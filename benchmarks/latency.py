@@ -235,18 +235,24 @@ def draw(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
             point[row["statistic"]] = float(row["value"])
     if not found:
         return
+    names = list(dict.fromkeys(row["provider"] for row in rows))  # a colour each, in every picture the same
     columns = [loop for loop in LOOPS if any(loops[loop] for loops in found.values())]
     figure = Figure(figsize=(5.5 * len(columns), 4 * len(found)), layout="constrained")
     grid = figure.subplots(len(found), len(columns), squeeze=False)
     for line, (what, loops) in zip(grid, found.items(), strict=True):
         for axis, loop in zip(line, columns, strict=True):
+            axis.set_visible(bool(loops[loop]))
             for provider, points in loops[loop].items():
                 x = [point["images_per_second"] if loop == "closed" else at for at, point in sorted(points.items())]
-                axis.plot(x, [point["p50_ms"] for _, point in sorted(points.items())], "o-", label=provider)
+                y = [point["p50_ms"] for _, point in sorted(points.items())]
+                axis.plot(x, y, "o-", label=provider, color=f"C{names.index(provider)}")
             axis.set(xscale="log", yscale="log", xlabel=LOOPS[loop], ylabel="p50 latency, ms")
+            for side in (axis.xaxis, axis.yaxis):
+                side.set_major_formatter("{x:g}")
+                side.set_minor_formatter("{x:g}")
+            axis.tick_params(which="both", labelsize=6)
             axis.set_title(f"{', '.join(what)}: {loop} loop", fontsize=7)
-            if loops[loop]:
-                axis.legend(fontsize=7)
+            axis.legend(fontsize=7)
     figure.savefig(path, dpi=100)
 
 

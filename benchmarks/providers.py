@@ -23,7 +23,7 @@ from impure_fast.ops import _dispatch
 from impure_fast.ops._lib import OPERATORS
 from impure_fast.ops.reconstruction_attention import replica_rows
 
-from .registry import Problem, first, network, weights
+from .registry import Problem, first, network, reconstruct, weights
 
 Provider = Callable[..., Any]  # the problem's inputs -> a tensor or a tuple of them
 SDPA = {
@@ -97,7 +97,11 @@ def _operator(problem: Problem) -> dict[str, Provider]:
         return call
 
     known: dict[str, Provider] = {name: on(name) for name in (*spec.backends, "auto")}
-    known |= _compiled(problem.reference)
+
+    def compiled(reference: Callable[..., Any]) -> Provider:
+        return lambda *inputs: first(reference(*problem.arguments(inputs)), problem.op)
+
+    known |= {name: compiled(call) for name, call in _compiled(spec.reference).items()}
     if problem.op == "reconstruction_attention":
         chunks = problem.options["chunks"]
         known |= {"sdpa": _replicas(_sdpa, chunks), "products": _replicas(_products, chunks)}
@@ -109,11 +113,9 @@ def _operator(problem: Problem) -> dict[str, Provider]:
 
 
 def _network(problem: Problem, authors: str | None) -> dict[str, Provider]:
-    def on(name: str) -> Provider:
-        return lambda images: network(problem.preset, images, name)
-
-    known = {name: on(name) for name in ("reference", "auto")}
-    known |= {**_compiled(known["reference"]), "engine": _engine(problem.preset)}
+    known = {name: network(problem.preset, name) for name in ("reference", "auto")}
+    known |= {name: network(problem.preset, "reference", run) for name, run in _compiled(reconstruct).items()}
+    known["engine"] = _engine(problem.preset)
     if authors and problem.preset == "impure_base_patch16_224":
         from .authors import Authors
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from impure_fast import Draws, backend, create_model
+from impure_fast import Draws, IMPure, backend, create_model
 from impure_fast.draws import grid_of
 from impure_fast.errors import InputError
 from impure_fast.model import table_cells
@@ -100,7 +100,7 @@ class Problem:
     def reference(self, *inputs: Tensor) -> Any:
         """The oracle: plain PyTorch, or the network in the authors' order of operations."""
         if self.preset:
-            return network(self.preset, inputs[0], "reference")
+            return network(self.preset, "reference")(*inputs)
         return first(OPERATORS[self.op].reference(*self.arguments(inputs)), self.op)
 
     def arguments(self, inputs: tuple[Tensor, ...]) -> list[Any]:
@@ -124,10 +124,10 @@ def first(out: Any, op: str) -> Any:
     return out[0] if op == "reconstruction_attention" else out
 
 
-_made: dict[tuple[str, torch.dtype, str], Any] = {}
+_made: dict[tuple[str, torch.dtype, str], IMPure] = {}
 
 
-def weights(preset: str, dtype: torch.dtype, device: str) -> Any:
+def weights(preset: str, dtype: torch.dtype, device: str) -> IMPure:
     """The network of a preset; its random weights are the same whatever dtype and device."""
     key = (preset, dtype, device)
     if key not in _made:
@@ -140,12 +140,21 @@ def weights(preset: str, dtype: torch.dtype, device: str) -> Any:
     return _made[key]
 
 
-def network(preset: str, images: Tensor, name: str) -> Tensor:
-    """Draws (the fastest that there are, whatever ``name``) and network: images -> prediction in its units."""
-    model = weights(preset, images.dtype, str(images.device))
-    draws = Draws.sample(model.config, images.shape, 0, device=images.device)
-    with backend(name):
-        return model.reconstruct(images, draws)[0]
+def reconstruct(model: IMPure, images: Tensor, draws: Draws) -> Tensor:
+    """The network: images -> prediction in its units."""
+    return model.reconstruct(images, draws)[0]
+
+
+def network(preset: str, name: str, run: Callable[..., Tensor] = reconstruct) -> Callable[[Tensor], Tensor]:
+    """``run`` on a backend, as a function of the images alone; the draws are the fastest that there are for all."""
+
+    def call(images: Tensor) -> Tensor:
+        model = weights(preset, images.dtype, str(images.device))
+        draws = Draws.sample(model.config, images.shape, 0, device=images.device)
+        with backend(name):
+            return run(model, images, draws)
+
+    return call
 
 
 @functools.cache

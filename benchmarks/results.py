@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import functools
 import io
@@ -33,12 +34,12 @@ _TEXT = (*_KEYS, "machine", "clock", "baseline", "why_not", "note", "date", "com
 
 @functools.cache
 def commit() -> str:
-    """Of this checkout, with + where it holds changes; "unknown" outside a checkout."""
+    """Of this checkout, with + where it holds changes; outside one GIT_COMMIT of the environment, or "unknown"."""
     call = ["git", "-C", str(ROOT), "describe", "--always", "--exclude=*", "--dirty=+"]
-    try:
-        return subprocess.run(call, capture_output=True, text=True).stdout.strip() or "unknown"
-    except OSError:  # no git
-        return "unknown"
+    found = ""
+    with contextlib.suppress(OSError):  # no git
+        found = subprocess.run(call, capture_output=True, text=True).stdout.strip()
+    return found or os.environ.get("GIT_COMMIT", "unknown")
 
 
 @functools.cache

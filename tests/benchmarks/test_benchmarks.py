@@ -1,18 +1,22 @@
 """The benchmark suite: what is wrong is not timed, the README agrees with the figures, the scorer is not fooled."""
 
+import contextlib
 import json
+import os
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import compare, kernelbench, latency, results, runner
+from benchmarks import compare, kernelbench, results, runner
+from benchmarks.__main__ import main
 from benchmarks.authors import Authors
 from benchmarks.providers import load, providers
-from benchmarks.__main__ import main
 from benchmarks.registry import PROBLEMS, network_flops, problems
 from benchmarks.runner import ceiling_rows, error, measure, oracle, products, result
 from impure_fast.errors import InputError, MissingFileError
@@ -396,6 +400,36 @@ def test_a_ratio_inside_the_noise_is_no_difference(ratio, p20, p80, said):
     assert compare.verdict(row) == said
 
 
+def test_a_slower_commit_is_found(tmp_path, capsys):
+    """A planted regression: the new tree's operator does its work three times."""
+    for name in ("old", "new"):
+        shutil.copytree(ROOT / "impure_fast", tmp_path / name / "impure_fast", symlinks=True)
+        (tmp_path / name / "impure_fast" / "kernels").unlink(missing_ok=True)
+        (tmp_path / name / "impure_fast" / "kernels").symlink_to(ROOT / "kernels")
+        (tmp_path / name / "benchmarks").symlink_to(ROOT / "benchmarks")
+    file = tmp_path / "new" / "impure_fast" / "ops" / "order.py"
+    work = "    places = uniforms.argsort(dim=1, stable=True)\n"
+    assert work in file.read_text()
+    file.write_text(file.read_text().replace(work, 5 * work))
+    options = SimpleNamespace(provider="reference", device="cpu", rounds=7)
+    row = compare._pairs(ORDER, "float32", "forward", options, tmp_path / "old", tmp_path / "new")
+    assert row["ratio"] < 0.7 and row["verdict"] == "new is slower", row
+    options.provider = "cpp"
+    assert "cpp has nothing" in compare._pairs(ORDER, "float32", "forward", options, ROOT, ROOT)["why_not"]
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "code"), [(["within noise", "new is faster"], 0), (["new is slower"], 1), ([None], 1)]
+)
+def test_compare_ends_with_1_where_new_is_slower(verdicts, code, monkeypatch):
+    monkeypatch.setattr(compare, "_tree", lambda commit: contextlib.nullcontext(ROOT))
+    said = iter(verdicts)
+    monkeypatch.setattr(compare, "_pairs", lambda *case: {"verdict": next(said)})
+    chosen = dict(ops="order", shapes="", small=False, device="cpu", dtypes=["float32"], modes=["forward"], json=None)
+    monkeypatch.setattr(compare, "cases", lambda options: [()] * len(verdicts))
+    assert compare.run(SimpleNamespace(old="HEAD", new=".", **chosen)) == code
+
+
 def test_a_compared_side_answers_readings(tmp_path):
     spec = json.dumps([ORDER.name, "float32", "forward", "auto", "cpu"])
     with compare._side(ROOT, spec) as side:
@@ -411,6 +445,59 @@ def test_the_campaign_runs_its_cheap_parts_without_a_gpu(tmp_path):
     assert run.returncode == 1, run.stderr
     assert status == {"versions": "done", "sanitizer": "skipped", "ncu": "skipped", "nonsense": "failed"}
     assert "torch" in (tmp_path / "versions.txt").read_text()
+
+
+FAILS = """#!/usr/bin/env bash
+# In Python's place: training crashes, ceilings hangs and will not be ended, the rest works.
+case "$*" in
+    *training_memory*) kill -SEGV $$ ;;
+    *ceilings*) echo $$ > "$(dirname "$0")/pid"; trap "" TERM; while :; do sleep 1; done ;;
+esac
+"""
+
+
+def test_the_campaign_outlives_parts_that_crash_or_hang(tmp_path):
+    python = tmp_path / "python"
+    python.write_text(FAILS)
+    python.chmod(0o755)
+    call = ["bash", str(ROOT / "benchmarks" / "gpu_campaign.sh"), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    call += ["--minutes", "0.4", "--parts", "training,ceilings,versions", "--python", str(python)]
+    began = time.monotonic()
+    run = subprocess.run(call, capture_output=True, text=True, timeout=60)
+    assert run.returncode == 1 and time.monotonic() - began < 30
+    lines = [line.split("\t") for line in (tmp_path / "out" / "status.tsv").read_text().splitlines()]
+    assert [line[:2] for line in lines] == [["training", "failed"], ["ceilings", "timeout"], ["versions", "done"]]
+    assert "exit 139" in lines[0][3] and "more than" in lines[1][3]
+    with pytest.raises(ProcessLookupError):  # nor does it go on in the background
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("--minutes soon", "--minutes soon is no number"),
+        ("--device tpu", "--device tpu is neither cpu nor cuda"),
+        ("--python nowhere", "there is no nowhere"),
+        ("--out", "--out wants a value"),
+        ("--fast", "unknown argument --fast"),
+    ],
+)
+def test_a_wrong_campaign_says_what_to_do(arguments, said):
+    call = ["bash", str(ROOT / "benchmarks" / "gpu_campaign.sh"), *arguments.split()]
+    run = subprocess.run(call, capture_output=True, text=True, timeout=60)
+    assert run.returncode == 2 and said in run.stderr
+
+
+@pytest.mark.slow
+def test_the_campaign_can_be_rehearsed_on_a_cpu(tmp_path):
+    """Every part's commands are right, cut down to small shapes."""
+    call = ["bash", str(ROOT / "benchmarks" / "gpu_campaign.sh"), "--out", str(tmp_path), "--device", "cpu"]
+    call += ["--parts", "versions,build,ceilings,operators,network,latency,training,compile"]
+    run = subprocess.run([*call, "--minutes", "60", "--python", sys.executable], capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout
+    assert {file.name for file in tmp_path.iterdir()} >= {"kernels.csv", "latency.csv", "training.json", "compile.json"}
+    ran = {line["op"].split()[0] for line in results.read(tmp_path / "kernels.csv")}
+    assert ran == {"ceiling", "product", "reconstruct", *OPERATORS} - {"noise", "normalise_rows"}
 
 
 def test_the_campaign_lists_what_it_would_run(tmp_path):
