@@ -32,7 +32,7 @@ deadline=$((SECONDS + total)) failures=0
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 bench() { # bench SECONDS NAME ARGUMENT...: rows into NAME.json and kernels.csv
-    timeout --foreground --kill-after=5 "$1" "$python" -m benchmarks "${@:3}" --device "$device" --json "$out/$2.json" \
+    timeout --foreground --signal=KILL "$1" "$python" -m benchmarks "${@:3}" --device "$device" --json "$out/$2.json" \
         --csv "$out/kernels.csv" $small
 }
 
@@ -133,7 +133,7 @@ why_not() { # why a part cannot run here, or nothing
         echo "${tool%% *} is not installed"
     elif [ "$device" != cuda ]; then
         echo "${tool%% *} needs a GPU"
-    elif ! probe=$(timeout --kill-after=5 "$2" $tool "$python" -c "import torch; torch.ones(1).cuda().add_(1).cpu()" 2>&1) ||
+    elif ! probe=$(timeout --signal=KILL "$2" $tool "$python" -c "import torch; torch.ones(1).cuda().add_(1).cpu()" 2>&1) ||
         grep -q ERR_NVGPUCTRPERM <<< "$probe"; then
         echo "${tool%% *} is refused: $(grep -m1 -iE 'error|denied|perm' <<< "$probe" | tr '\t' ' ')"
     fi
@@ -150,8 +150,8 @@ run_part() {
     elif reason=$(why_not "$name" "$share"); [ -n "$reason" ]; then
         state=skipped
     else
-        # A shell of its own under timeout, so that a part's every child ends with it.
-        timeout --kill-after=5 "$share" bash -c "$(declare -f); part_$name" > "$out/$name.txt" 2>&1 < /dev/null
+        # A shell of its own under timeout: KILL reaches the whole group, whatever it does about TERM.
+        timeout --signal=KILL "$share" bash -c "$(declare -f); part_$name" > "$out/$name.txt" 2>&1 < /dev/null
         code=$?
         case $code in
             0) ;; 124 | 137) state=timeout reason="more than $share s" ;;
