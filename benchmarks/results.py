@@ -193,7 +193,9 @@ def _bars(entries: list[dict[str, str]]) -> Any:
 def _roofline(entries: list[dict[str, str]]) -> Any:
     wanted = ("intensity", "gflops", "copy_gbytes_per_s", "product_gflops")
     points: dict[tuple[str, str], list[tuple[float, ...]]] = defaultdict(list)
-    for (device, dtype, *_), statistics in latest(entries).items():
+    for (device, dtype, *key), statistics in latest(entries).items():
+        if "int8" in " ".join(key):  # its operations are not those of the dtype
+            continue
         if all(name in statistics for name in wanted) and float(statistics["intensity"]["value"]) > 0:
             points[(device, dtype)].append(tuple(float(statistics[name]["value"]) for name in wanted))
     if not points:
