@@ -52,7 +52,7 @@ class Problem:
     options: the operator's other arguments, by name.
     flops: of a forward pass without what can be shared or left out; NaN: to be counted.
     unread: entries of the inputs, in the problem's dtype, on which the result does not depend.
-    tolerance: error beside twice the reference's own, in units of the dtype's eps times the truth's largest entry.
+    tolerance: error beside twice the reference's own, in units of the dtype's eps times the size of the truth.
     small: for tests and memory checkers; left out of a run unless asked for.  large: too much for a CPU's one thread.
     """
 
