@@ -399,8 +399,9 @@ def test_a_ratio_inside_the_noise_is_no_difference(ratio, p20, p80, said):
     assert compare.verdict(row) == said
 
 
-def test_a_slower_commit_is_found(tmp_path, capsys):
-    """A planted regression: the new tree's operator does its work three times."""
+@pytest.mark.slow
+def test_a_slower_commit_is_found(tmp_path):
+    """A planted regression: the new tree's operator does its work five times."""
     for name in ("old", "new"):
         shutil.copytree(ROOT / "impure_fast", tmp_path / name / "impure_fast", symlinks=True)
         (tmp_path / name / "impure_fast" / "kernels").unlink(missing_ok=True)
@@ -413,8 +414,12 @@ def test_a_slower_commit_is_found(tmp_path, capsys):
     options = SimpleNamespace(provider="reference", device="cpu", rounds=7)
     row = compare._pairs(ORDER, "float32", "forward", options, tmp_path / "old", tmp_path / "new")
     assert row["ratio"] < 0.7 and row["verdict"] == "new is slower", row
-    options.provider = "cpp"
-    assert "cpp has nothing" in compare._pairs(ORDER, "float32", "forward", options, ROOT, ROOT)["why_not"]
+
+
+def test_a_side_says_why_it_cannot_be_timed(capsys):
+    for provider, said in {"cpp": "cpp has nothing for it", "fastest": "'fastest' is no provider"}.items():
+        compare.worker(SimpleNamespace(spec=json.dumps([ORDER.name, "float32", "forward", provider, "cpu"])))
+        assert capsys.readouterr().out.startswith(said)
 
 
 @pytest.mark.parametrize(
