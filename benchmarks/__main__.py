@@ -5,17 +5,18 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from impure_fast.errors import Error
+from impure_fast.errors import Error, InputError
 from impure_fast.images import write_atomically
 
-from . import compare, kernelbench, providers, results
-from .registry import Problem, problems
-from .runner import MODES, ceiling_rows, measure, overhead
+from . import authors, compare, kernelbench, providers, results
+from .registry import DTYPES, Problem, cases
+from .runner import MODES, available, ceiling_rows, measure, overhead, positive
 
 
 def main() -> int:
@@ -23,7 +24,7 @@ def main() -> int:
     torch.set_num_threads(1)
     try:
         return int(options.function(options) or 0)
-    except Error as error:
+    except (Error, OSError) as error:
         print(error, file=sys.stderr)
         return 2
 
@@ -41,10 +42,16 @@ def _parser() -> argparse.ArgumentParser:
         made.add_argument("--ops", default="", help="operators, or beginnings of their names, with commas")
         made.add_argument("--shapes", default="", help="only shapes that hold this text")
         made.add_argument("--small", action="store_true", help="the small shapes, for tests and memory checkers")
-        made.add_argument("--dtypes", default="float32,bfloat16")
-        made.add_argument("--modes", default="forward,both", help=", ".join(MODES))
-        made.add_argument("--rounds", type=int, default=31)
-        made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+        made.add_argument("--dtypes", type=_some(DTYPES), default="float32,bfloat16", help=", ".join(DTYPES))
+        made.add_argument("--modes", type=_some(MODES), default="forward,both", help=", ".join(MODES))
+        measure_on(made)
+
+    def measure_on(made: argparse.ArgumentParser) -> None:
+        made.add_argument("--device", type=available, default="cuda" if torch.cuda.is_available() else "cpu")
+        count(made)
+
+    def count(made: argparse.ArgumentParser) -> None:
+        made.add_argument("--rounds", type=positive, default=31)
         made.add_argument("--json", metavar="FILE")
 
     run = command(_run, "run", "measure providers against each other, parity first")
@@ -55,11 +62,10 @@ def _parser() -> argparse.ArgumentParser:
     empty = command(_overhead, "overhead", "measure what a call costs beside its kernel")
     top = command(_ceilings, "ceilings", "copy bandwidth, product rates, and the network's own products")
     top.add_argument("--small", action="store_true", help="one of the network's products alone")
-    top.add_argument("--dtypes", default="float32,bfloat16")
-    top.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    top.add_argument("--dtypes", type=_some(DTYPES), default="float32,bfloat16", help=", ".join(DTYPES))
+    measure_on(top)
+    count(empty)
     for made in (empty, top):
-        made.add_argument("--rounds", type=int, default=31)
-        made.add_argument("--json", metavar="FILE")
         made.add_argument("--csv", metavar="FILE")
     against = command(compare.run, "compare", "two commits against each other, pairs in one run")
     against.add_argument("old", help="a commit")
@@ -71,47 +77,65 @@ def _parser() -> argparse.ArgumentParser:
     command(kernelbench.write, "problems", "write benchmarks/problems from the registry")
     score = command(kernelbench.score, "score", "correctness and speed of a folder of solutions (class ModelNew)")
     score.add_argument("folder")
-    score.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    score.add_argument("--rounds", type=int, default=31)
-    score.add_argument("--json", metavar="FILE")
-    command(results.report, "report", "tables and pictures of docs/explained/kernels.md from kernels.csv")
+    measure_on(score)
+    command(results.report, "report", "tables and pictures from the results, in README and docs")
     return parser
 
 
-def _run(options: argparse.Namespace) -> None:
-    rows = []
-    for problem in problems(options.ops, options.shapes, options.small, options.device):
+def _some(known: tuple[str, ...]) -> Callable[[str], list[str]]:
+    """argparse's type of names with commas between."""
+
+    def parse(text: str) -> list[str]:
+        if unknown := [name for name in text.split(",") if name not in known]:
+            raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: choose of {', '.join(known)}")
+        return text.split(",")
+
+    return parse
+
+
+def _run(options: argparse.Namespace) -> int:
+    """Exit code 1 where a whole problem could not be measured; the others' rows are kept as they come."""
+    rows: list[dict[str, Any]] = []
+    failed = 0
+    if options.authors:
+        authors.check(options.authors)
+    _keep(options, rows, [])
+    for problem, dtype, mode in cases(options):
         found = providers.providers(problem, options.providers, options.authors)
-        for dtype in options.dtypes.split(","):
-            if problem.op == "order" and dtype != "float32":
-                continue
-            for mode in options.modes.split(","):
-                if mode == "forward" or problem.gradients:
-                    taken = measure(problem, getattr(torch, dtype), mode, found, options.rounds, options.device)
-                    _print(problem, taken)
-                    rows += taken
-    _keep(options, rows)
+        try:
+            taken = measure(problem, getattr(torch, dtype), mode, found, options.rounds, options.device)
+        except Exception as failure:
+            failed = 1
+            print(f"{problem.op} {problem.shape} {dtype} {mode}: {type(failure).__name__}: {failure}", file=sys.stderr)
+            continue
+        _print(problem, taken)
+        _keep(options, rows, taken)
+    if not rows and not failed:
+        raise InputError(f"Nothing was measured: {options.providers!r} has nothing for these problems and modes.")
+    return failed
 
 
 def _overhead(options: argparse.Namespace) -> None:
     rows = overhead(options.rounds)
     print(json.dumps(rows))
-    _keep(options, rows)
+    _keep(options, [], rows)
 
 
 def _ceilings(options: argparse.Namespace) -> None:
-    rows = ceiling_rows(options.dtypes.split(","), options.device, options.rounds, options.small)
+    rows = ceiling_rows(options.dtypes, options.device, options.rounds, options.small)
     for row in rows:
         speed = f"{row['gflops']:.1f} GFLOP/s" if "gflops" in row else f"{row['gbytes_per_s']:.1f} GB/s"
-        print(f"{row['op']} {row['shape']:16} {row['dtype']:9} {speed}")
-    _keep(options, rows)
+        print(f"{row['op']} {row['shape']:16} {row['dtype']:9} {row['provider']:7} {speed}")
+    _keep(options, [], rows)
 
 
-def _keep(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+def _keep(options: argparse.Namespace, rows: list[dict[str, Any]], new: list[dict[str, Any]]) -> None:
+    """Add to the rows, and at once to the files: a run that is ended early leaves what it had."""
+    rows += new
     if options.json:
         write_atomically(options.json, lambda path: Path(path).write_text(json.dumps(rows, indent=1) + "\n"))
     if options.csv:
-        results.append(options.csv, rows)
+        results.append(options.csv, results.COLUMNS, results.lines(new))
 
 
 def _print(problem: Problem, rows: list[dict[str, Any]]) -> None:

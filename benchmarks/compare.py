@@ -23,24 +23,24 @@ from impure_fast.errors import Error, InputError
 from impure_fast.images import write_atomically
 
 from .providers import providers
-from .registry import Problem, problems
+from .registry import Problem, cases, problems
 from .results import ROOT
 from .runner import SECONDS, error, oracle, result, timed
 
 
-def run(options: Any) -> None:
-    """For every problem: old/new (above 1: new is faster), its band, and the band of new against itself."""
+def run(options: Any) -> int:
+    """For every problem: old/new (above 1: new is faster), its band, and the band of new against itself.
+
+    Exit code 1 where new is slower, or a side could not be timed.
+    """
     if options.old == ".":
         raise InputError("compare OLD [NEW]: the old side is a commit; '.' stands for this tree as the new one.")
-    rows = []
+    chosen = list(cases(options))  # before the trees are made, as it may raise
     with _tree(options.old) as old, _tree(options.new) as new:
-        for problem in problems(options.ops, options.shapes, options.small, options.device):
-            for dtype in options.dtypes.split(","):
-                for mode in options.modes.split(","):
-                    if (mode == "forward" or problem.gradients) and (problem.op != "order" or dtype == "float32"):
-                        rows.append(_pairs(problem, dtype, mode, options, old, new))
+        rows = [_pairs(*case, options, old, new) for case in chosen]
     if options.json:
         write_atomically(options.json, lambda path: Path(path).write_text(json.dumps(rows, indent=1) + "\n"))
+    return int(any(row.get("verdict") in (None, "new is slower") for row in rows))
 
 
 def _pairs(problem: Problem, dtype: str, mode: str, options: Any, old: Path, new: Path) -> dict[str, Any]:
@@ -102,7 +102,8 @@ def _native(source: Path, commit: str) -> None:
             shutil.copy(file, source / "impure_fast")
     else:
         build = [sys.executable, "setup.py", "build_ext", "--inplace"]
-        subprocess.run(build, cwd=source, check=True, stdout=subprocess.DEVNULL)
+        if subprocess.run(build, cwd=source, stdout=subprocess.DEVNULL).returncode:
+            raise InputError(f"The native parts of {commit} do not build (see above).")
 
 
 def _git(*arguments: str) -> None:
@@ -134,7 +135,10 @@ def worker(options: Any) -> None:
     problem = next(p for small in (True, False) for p in problems(small=small, device=device) if p.name == name)
     inputs = problem.make(getattr(torch, dtype), device)
     try:
-        call = providers(problem, provider)[provider]
+        call = providers(problem, provider).get(provider)
+        if call is None:
+            print(f"{provider} has nothing for it")
+            return
         off = error(problem, result(problem, call, inputs, mode), *oracle(problem, inputs, mode))
         if off > 1:
             print(f"wrong result ({off:.2f} times what is allowed)")

@@ -3,69 +3,102 @@
 #
 #   benchmarks/gpu_campaign.sh [--out DIR] [--minutes 9] [--parts a,b,...] [--device cuda] [--python FILE] [--dry-run]
 #
-# Every part has a limit of its own and never more than what is left; a part that fails, or takes too long, loses
-# nothing but itself.  status.tsv: part, done|failed|timeout|skipped, seconds, reason.  Exit 1 if any part failed.
+# Needs torch, timm, numpy and safetensors; nothing is installed.  Libraries in impure_fast/*.so that load are not built
+# again.  GIT_COMMIT names the commit where the tree has no .git.
+# Every part has a share of the time and never more than what is left; a part that fails, or takes too long, loses
+# nothing but itself, and rows are written as they come.  status.tsv: part, done|failed|timeout|skipped, seconds, reason.
+# Exit 1 if any part failed.
 set -u
 cd "$(dirname "$0")/.." || exit 2
 
-out=campaign minutes=9 device=cuda dry="" python=.venv/bin/python
-parts=versions,build,ceilings,operators,network,tests,sanitizer,training,latency,compile,ncu
+usage() { echo "$1; see the head of $0" >&2 && exit 2; }
+out=campaign minutes=9 device=cuda dry="" python=""
+parts=versions,build,ceilings,operators,network,latency,training,tests,sanitizer,ncu,compile
 while [ $# -gt 0 ]; do
     case "$1" in
-        --out) out=$2 && shift 2 ;;
-        --minutes) minutes=$2 && shift 2 ;;
-        --parts) parts=$2 && shift 2 ;;
-        --device) device=$2 && shift 2 ;;
-        --python) python=$2 && shift 2 ;;
-        --dry-run) dry=yes && shift ;;
-        *) echo "unknown argument $1; see the head of $0" >&2 && exit 2 ;;
+        --dry-run) dry=yes && shift && continue ;;
+        --out | --minutes | --parts | --device | --python) [ $# -gt 1 ] || usage "$1 wants a value" ;;
+        *) usage "unknown argument $1" ;;
     esac
+    printf -v "${1#--}" %s "$2" && shift 2
 done
-deadline=$((SECONDS + minutes * 60)) failures=0
-[ "$device" = cuda ] && small="" || small=--small
+[[ $minutes =~ ^[0-9]*\.?[0-9]+$ ]] || usage "--minutes $minutes is no number"
+[[ $device =~ ^(cpu|cuda)$ ]] || usage "--device $device is neither cpu nor cuda"
+[ -n "$python" ] || { [ -x .venv/bin/python ] && python=.venv/bin/python || python=python3; }
+command -v "$python" > /dev/null || usage "there is no $python"
+total=$(awk "BEGIN { print int(60 * $minutes) }")
+deadline=$((SECONDS + total)) failures=0
+[ "$device" = cuda ] && small="" || small=--small # on a CPU everything is cut down: a rehearsal
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
-bench() { # bench NAME ARGUMENT...: rows into NAME.json and kernels.csv
-    "$python" -m benchmarks "${@:2}" --device "$device" --json "$out/$1.json" --csv "$out/kernels.csv" $small
+bench() { # bench SECONDS NAME ARGUMENT...: rows into NAME.json and kernels.csv
+    timeout --foreground --signal=KILL "$1" "$python" -m benchmarks "${@:3}" --device "$device" --json "$out/$2.json" \
+        --csv "$out/kernels.csv" $small
 }
 
 part_versions() {
     "$python" -m impure_fast.cli info
-    "$python" -c "import torch; print('torch', torch.__version__, 'cuda', torch.version.cuda)" || return
-    nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.max.sm,power.draw,power.limit,memory.total --format=csv || true
+    nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.max.sm,power.draw,power.limit,memory.total --format=csv
+    "$python" -c "import sys, torch, timm; print(sys.version, torch.__version__, torch.version.cuda, timm.__version__)"
 }
-part_build() { "$python" setup.py build_ext --inplace; }
-part_tests() { "$python" -m pytest -q tests/ops tests/golden; }
-part_ceilings() { bench ceilings ceilings --rounds 31; }
+part_build() {
+    local probe="from impure_fast.ops._native import why_not; print(why_not('cpu') or why_not('$device'))"
+    [ -n "$("$python" -c "$probe")" ] || { echo "The libraries that are there load." && return; }
+    if [ "$device" = cuda ]; then # for this GPU alone: half the time
+        TORCH_CUDA_ARCH_LIST=$("$python" -c "import torch; print('%d.%d' % torch.cuda.get_device_capability())")
+        export TORCH_CUDA_ARCH_LIST
+    fi
+    "$python" setup.py build_ext --inplace
+    [ -z "$("$python" -c "$probe" | tee /dev/stderr)" ]
+}
+part_ceilings() { bench 999 ceilings ceilings --rounds 31; }
 part_operators() {
-    # One process an operator: a kernel that kills its process takes no other's figures along.
-    local op worst=0
-    for op in reconstruction_attention patch_mask patch_assemble patch_mix order; do
-        bench "$op" run --ops $op --rounds 15 --providers "reference,sdpa*,auto,cuda*,triton*" || worst=1
+    # One process an operator: a kernel that kills or hangs its process takes no other's figures along.
+    local op worst=0 seconds=$((share / 5))
+    for op in order patch_mix patch_mask patch_assemble reconstruction_attention; do
+        [ $op != reconstruction_attention ] || seconds=999
+        bench $seconds $op run --ops $op --rounds 15 --providers "reference,sdpa*,products,auto,cuda*,triton*" || worst=1
     done
     return $worst
 }
-part_network() { bench network run --ops "reconstruct " --modes forward --rounds 15 --providers reference,auto; }
+part_network() { bench 999 network run --ops "reconstruct " --modes forward --rounds 15 --providers reference,auto,engine; }
 part_compile() {
-    bench compile run --ops reconstruct --shapes 4x --modes forward --rounds 15 --dtypes bfloat16 \
-        --providers 'reference,auto,compile*'
+    local what=(--ops "reconstruct impure_base" --shapes 4x3) provider worst=0
+    [ -z "$small" ] || what=(--ops "reconstruct ")
+    for provider in compile compile-max-autotune; do # rows come when all of a problem's providers are done
+        bench 999 $provider run "${what[@]}" --modes forward --rounds 15 --dtypes bfloat16 \
+            --providers "reference,auto,engine,$provider" || worst=1
+    done
+    return $worst
 }
+part_tests() { "$python" -m pytest -q tests/ops tests/golden; }
 part_sanitizer() {
     # torch's allocator would hide what lies beside a tensor.
-    local op worst=0
-    for op in reconstruction_attention patch_mask patch_assemble patch_mix order; do
-        PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 "$python" -m benchmarks run \
-            --small --ops $op --rounds 1 --dtypes float32,bfloat16 --providers "cuda,triton" --device cuda || worst=1
+    local tool worst=0
+    for tool in memcheck racecheck; do
+        PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $tool --error-exitcode 9 "$python" -m benchmarks run \
+            --small --rounds 1 --dtypes float32,bfloat16 --providers "cuda,triton" --device cuda || worst=$?
     done
     return $worst
 }
-part_training() { "$python" -m benchmarks.training_memory --device "$device" --json "$out/training.json"; }
-part_latency() { "$python" -m benchmarks.latency --device "$device" --seconds 2 --csv "$out/latency.csv"; }
+part_training() {
+    "$python" -m benchmarks.training_memory --device "$device" --json "$out/training.json" \
+        ${small:+--model impure_tiny --batch 1 --rounds 1}
+}
+part_latency() {
+    local tiny="--side 224 --batches 1,8,64 --rates 20,100 --seconds 2" base="--batches 1,8,64,256 --rates 20,100 --seconds 2"
+    local providers="operators,engine fp32,engine bf16,engine fp16,no purifier"
+    [ -z "$small" ] || tiny="--side 32 --batches 1 --rates 50 --seconds 0" providers="engine fp32"
+    "$python" -m benchmarks.latency --device "$device" --csv "$out/latency.csv" --providers "$providers" $tiny || return
+    [ -n "$small" ] || "$python" -m benchmarks.latency --device "$device" --csv "$out/latency.csv" \
+        --providers "$providers" --model impure_base_patch16_224 $base
+}
 part_ncu() {
+    [ -n "$(slowest)" ] || { echo "$out holds no figures of a kernel; run the part operators" && return 1; }
     slowest | while IFS=$'\t' read -r op shape provider; do
         ncu --csv --set basic --launch-count 4 --kernel-name 'regex:attention|_forward|_backward' \
             "$python" -m benchmarks run --ops "$op" --shapes "$shape" --modes forward --dtypes bfloat16 --rounds 1 \
-            --providers "$provider" --device cuda
+            --providers "$provider" --device cuda < /dev/null
     done
 }
 
@@ -79,16 +112,19 @@ for row in sorted(rows, key=lambda r: r["of_floor"])[:3]:
 PYTHON
 }
 
-limit() { # seconds a part may take
+share() { # seconds a part may take
+    local of_nine_minutes
     case "$1" in
-        operators) echo 150 ;; build | network | tests | compile) echo 90 ;;
-        sanitizer | training | latency | ncu) echo 60 ;; *) echo 40 ;;
+        operators) of_nine_minutes=180 ;; build) of_nine_minutes=150 ;;
+        network | latency | sanitizer | compile) of_nine_minutes=90 ;; *) of_nine_minutes=60 ;;
     esac
+    echo $((of_nine_minutes * total / 540 + 1))
 }
 
 why_not() { # why a part cannot run here, or nothing
-    local tool=""
+    local tool="" probe
     case "$1" in
+        tests) timeout "$2" "$python" -c "import pytest" 2> /dev/null || echo "pytest is not installed" ;;
         sanitizer) tool="compute-sanitizer --error-exitcode 9" ;;
         ncu) tool="ncu --launch-count 1" ;;
     esac
@@ -97,7 +133,7 @@ why_not() { # why a part cannot run here, or nothing
         echo "${tool%% *} is not installed"
     elif [ "$device" != cuda ]; then
         echo "${tool%% *} needs a GPU"
-    elif ! probe=$(timeout 40 $tool "$python" -c "import torch; torch.zeros(1).cuda().add_(1).cpu()" 2>&1) ||
+    elif ! probe=$(timeout --signal=KILL "$2" $tool "$python" -c "import torch; torch.ones(1).cuda().add_(1).cpu()" 2>&1) ||
         grep -q ERR_NVGPUCTRPERM <<< "$probe"; then
         echo "${tool%% *} is refused: $(grep -m1 -iE 'error|denied|perm' <<< "$probe" | tr '\t' ' ')"
     fi
@@ -105,19 +141,20 @@ why_not() { # why a part cannot run here, or nothing
 
 run_part() {
     local name=$1 began=$SECONDS reason="" state=done left=$((deadline - SECONDS)) code
+    share=$(share "$name")
+    [ "$share" -lt $left ] || share=$left
     if ! declare -F "part_$name" > /dev/null; then
         state=failed reason="there is no such part"
     elif [ $left -lt 5 ]; then
         state=skipped reason="no time was left"
-    elif reason=$(why_not "$name"); [ -n "$reason" ]; then
+    elif reason=$(why_not "$name" "$share"); [ -n "$reason" ]; then
         state=skipped
     else
-        [ "$(limit "$name")" -lt $left ] && left=$(limit "$name")
-        # A shell of its own under timeout, so that a part's every child ends with it.
-        timeout --kill-after=5 "$left" bash -c "$(declare -f); part_$name" > "$out/$name.txt" 2>&1
+        # A shell of its own under timeout: KILL reaches the whole group, whatever it does about TERM.
+        timeout --signal=KILL "$share" bash -c "$(declare -f); part_$name" > "$out/$name.txt" 2>&1 < /dev/null
         code=$?
         case $code in
-            0) ;; 124 | 137) state=timeout reason="more than $left s" ;;
+            0) ;; 124 | 137) state=timeout reason="more than $share s" ;;
             *) state=failed reason="exit $code: $(tail -n 1 "$out/$name.txt" | tr '\t' ' ' | cut -c -200)" ;;
         esac
     fi
@@ -127,12 +164,15 @@ run_part() {
 
 if [ -n "$dry" ]; then
     for part in ${parts//,/ }; do
-        printf '%s\tat most %s s\t%s\n' "$part" "$(limit "$part")" "$(declare -f "part_$part" | sed '1,2d;$d' | tr -s '\n ' ' ')"
+        printf '%s\tat most %s s\t%s\n' "$part" "$(share "$part")" "$(declare -f "part_$part" | sed '1,2d;$d' | tr -s '\n ' ' ')"
     done
     exit 0
 fi
 mkdir -p "$out"
 : > "$out/status.tsv"
-export out device python small
+export out device python small share
+# Where the package is not installed, its kernels lie beside it.
+"$python" -c "import sys, importlib.util as u; sys.exit(not u.find_spec('impure_fast.kernels'))" ||
+    ln -sfn ../kernels impure_fast/kernels
 for part in ${parts//,/ }; do run_part "$part"; done
 exit $failures

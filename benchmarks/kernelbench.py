@@ -11,7 +11,6 @@ import contextlib
 import inspect
 import json
 import math
-import os
 import secrets
 import statistics
 import subprocess
@@ -32,7 +31,7 @@ from impure_fast.ops._lib import OPERATORS
 
 from .providers import load
 from .registry import LAWS, PROBLEMS, REST, Problem
-from .runner import SECONDS, ceilings, error, flat, machine, oracle
+from .runner import ceilings, error, flat, machine, oracle
 
 FOLDER = Path(__file__).parent / "problems"
 _perf_counter, _process_time, _sleep = time.perf_counter, time.process_time, time.sleep  # before a solution is loaded
@@ -65,11 +64,10 @@ def source(problem: Problem) -> str:
     imports = {text for text in parts.values() if text.startswith("import ") and "torch" not in text}
     imports |= {"from typing import Any"} & ({"from typing import Any"} if "Any" in "".join(functions) else set())
     functional = ["import torch.nn.functional as F"] if "F" in parts else []
-    rest = REST.get(problem.op, {})
-    passed = [
-        repr(rest[name]) if name in rest else name if name in problem.names else f"self.{name}"
-        for name in inspect.signature(OPERATORS[problem.op].reference).parameters
-    ]
+    passed = {**{name: f"self.{name}" for name in problem.options}, **{name: name for name in problem.names}}
+    passed |= {name: repr(value) for name, value in REST.get(problem.op, {}).items()}
+    passed["dtype"] = f"{problem.names[0]}.dtype"
+    order = [passed[name] for name in inspect.signature(OPERATORS[problem.op].reference).parameters]
     fields = [f"self.{name} = {name}" for name in problem.options] or ["pass"]
     head = f'"""{problem.op} on {problem.shape}, written by `python -m benchmarks problems`; needs torch alone."""'
     lines = [head, "", "from __future__ import annotations", ""]
@@ -86,7 +84,7 @@ def source(problem: Problem) -> str:
         lines += [f"    def __init__(self, {options}) -> None:", "        super().__init__()"]
         lines += [*(f"        {text}" for text in fields), ""]
     lines += [f"    def forward(self, {arguments}) -> {result}:"]
-    lines += [f"        return reference({', '.join(passed)}){last}", "", "", "def get_inputs() -> list[Tensor]:"]
+    lines += [f"        return reference({', '.join(order)}){last}", "", "", "def get_inputs() -> list[Tensor]:"]
     lines += [f"    {line}" for line in _inputs(problem)]
     lines += [f"    return [{', '.join(problem.names)}]", "", ""]
     lines += ["def get_init_inputs() -> list:", f"    return {list(problem.options.values())!r}"]
@@ -125,15 +123,17 @@ def score(options: Any) -> None:
         raise MissingFileError(f"There is no {target}; wanted a folder of solutions, or one.")
     files = [target] if target.is_file() else sorted(target.glob("*.py"))
     known = {problem.name: problem for problem in PROBLEMS if not problem.preset}
-    if unknown := [file.name for file in files if file.stem not in known] or ([] if files else [f"{target} is empty"]):
+    if not files:
+        raise InputError(f"{target} holds no solution (a file of a problem's name, with a class ModelNew).")
+    if unknown := [file.name for file in files if file.stem not in known]:
         raise InputError(f"No problem has the name of {', '.join(unknown)}; problems are {', '.join(known)}.")
     if target.is_file():
         rows = [judge(known[target.stem], str(target), options.device, options.rounds)]
     else:
         rows = [_apart(file, options) for file in files]
-        for row in rows:
-            figures = f"{row['speedup']:6.2f}x, {100 * row['of_floor']:.1f} % of the floor" if row["correct"] else ""
-            print(f"{row['problem']:50} {figures or row['why_not']}")
+    for row in rows:
+        figures = f"{row['speedup']:6.2f}x, {100 * row['of_floor']:.1f} % of the floor" if row["correct"] else ""
+        print(f"{row['problem']:50} {figures or row['why_not']}")
     if options.json:
         write_atomically(options.json, lambda path: Path(path).write_text(json.dumps(rows, indent=1) + "\n"))
 
@@ -144,7 +144,7 @@ def _apart(file: Path, options: Any) -> dict[str, Any]:
         call = [sys.executable, "-m", "benchmarks", "score", str(file), "--device", options.device]
         call += ["--rounds", str(options.rounds), "--json", str(answer)]
         try:
-            run = subprocess.run(call, capture_output=True, text=True, timeout=600, env={**os.environ})
+            run = subprocess.run(call, capture_output=True, text=True, timeout=600)
         except subprocess.TimeoutExpired:
             return {"problem": file.stem, "correct": False, "why_not": "It took more than 600 s."}
         if not answer.exists():
@@ -242,31 +242,29 @@ def _settle(device: str) -> None:
 
 
 def _race(problem: Problem, solution: Callable[..., Any], device: str, rounds: int) -> tuple[float, float]:
-    """Median seconds of (reference, solution), in pairs on inputs that change every round; the last is checked.
+    """Median seconds of (reference, solution), in pairs; every call has numbers that no call had before.
 
-    On a GPU by the wall clock between synchronisations of the whole device, so that no stream escapes it.
+    Every result is checked.  On a GPU by the wall clock between synchronisations of the whole device, so that no
+    stream escapes it.
     """
-    sets = [problem.make(torch.float32, device, secrets.randbits(62)) for _ in range(3)]
-    calls, times = (problem.reference, solution), ([], [])  # type: ignore[var-annotated]
-    flush = torch.empty(1 << 27, dtype=torch.uint8, device=device) if device == "cuda" else None
-    repeats = [1, 1]
-    with torch.inference_mode():
-        for i in range(rounds + 1):
-            inputs = sets[i % len(sets)]
-            for side, call in enumerate(calls):
+    inputs, flush = problem.make(torch.float32, device), None
+    if device == "cuda":
+        flush = torch.empty(1 << 27, dtype=torch.uint8, device=device)
+    times: tuple[list[float], list[float]] = ([], [])
+    for _ in range(rounds + 1):
+        _refill(problem, inputs)
+        results = []  # the reference's is kept meanwhile: its memory must not come to hold the solution's
+        for call, taken in zip((problem.reference, solution), times, strict=True):
+            with torch.inference_mode():
                 if flush is not None:
                     flush.zero_()
                     torch.cuda.synchronize()
                 clock = _process_time if flush is None else _perf_counter
                 began = clock()
-                for _ in range(repeats[side]):
-                    got = call(*inputs)
+                results.append(call(*inputs))
                 if flush is not None:
                     torch.cuda.synchronize()
-                times[side].append((clock() - began) / repeats[side])
-                if i == 0 and flush is None:
-                    repeats[side] = max(1, min(1000, round(SECONDS / max(times[side][0], 1e-6))))
-        got = flat(got)
-    if error(problem, got, *oracle(problem, inputs)) > 1:
-        raise FoulError("Its result is wrong on the inputs it was timed on.")
+                taken.append(clock() - began)
+        if error(problem, flat(results[1]), *oracle(problem, inputs)) > 1:
+            raise FoulError("Its result is wrong on the inputs it was timed on.")
     return statistics.median(times[0][1:]), statistics.median(times[1][1:])

@@ -2,19 +2,22 @@
 
     python -m benchmarks.latency --batches 1,8,64 --rates 0.5,0.8 --csv latency.csv --picture latency.png
 
+(`python -m benchmarks report` draws docs/latency.png from results/latency.csv.)
+
 Closed loop: the next batch starts when the last is done.  Open loop: one image arrives every 1/rate seconds, whether
 the last is done or not; a call takes all that wait, up to the largest batch; latency counts from arrival.  Every
-provider is first compared with the reference under one seed; what differs is not timed.
+provider is first compared with the reference under one seed; what differs is not timed.  The classifier's weights are
+random: no figure here depends on them.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +25,20 @@ import torch
 from torch import Tensor, nn
 
 from impure_fast import Draws, Engine, backend, create_model, load
-from impure_fast.classifiers import LITE0_MEAN, LITE0_STD, Normalised, efficientnet_lite0
+from impure_fast.classifiers import LITE0_MEAN, LITE0_STD, Normalised
 from impure_fast.engine.engine import PRECISIONS
+from impure_fast.errors import Error, InputError, MissingExtraError
 from impure_fast.evaluation.analysis import psnr
 from impure_fast.model import IMPure
 from impure_fast.zoo import shipped
 
 from . import authors, results
-from .runner import machine
+from .runner import available, machine, positive
 
 Purify = Callable[[Tensor, int | None], Tensor]  # (uint8 [N, 3, H, W] on the host, seed) -> float in [0, 1] on device
+CSV = results.ROOT / "benchmarks" / "results" / "latency.csv"
 AGREES = 40.0  # dB of PSNR against the reference that a provider must reach
+LOOPS = {"closed": "images/s", "open": "images/s arriving"}  # of the pictures, their first axes
 COLUMNS = ("date", "commit", "machine", "model", "pictures", "provider", "loop", "load", "statistic", "value")
 
 
@@ -62,7 +68,10 @@ def providers(model: IMPure, device: str, folder: str | None) -> Iterator[tuple[
     yield "reference", lambda: of_model(model.purify)
     yield "no purifier", lambda: lambda images, seed: images.to(device).float() / 255
     yield "reference compiled", compiled
-    yield "operators", lambda: lambda images, seed: model.purify(images.to(device).float() / 255, seed=seed)
+    yield (
+        "operators",
+        lambda: lambda images, seed: model.purify(images.to(device).float() / 255, seed=seed, check=False),
+    )
     for precision in PRECISIONS[device]:
         yield f"engine {precision}", engine(precision)
     if folder is None:
@@ -119,31 +128,38 @@ def open_loop(answer: Callable[[Tensor], Tensor], images: Tensor, rate: float, s
 
 
 def summary(taken: list[float], per_call: int) -> dict[str, float]:
-    """Statistics of a list of latencies in seconds; per_call: images that each of them stands for."""
+    """Statistics of a list of latencies in seconds; per_call: images that each of them stands for.
+
+    Of a percentile no more than the calls can tell: p90 of ten and more, p99 of a hundred and more.
+    """
     cuts = statistics.quantiles(taken, n=100, method="inclusive")
-    mean = statistics.fmean(taken)
-    return {
-        "p50_ms": 1e3 * cuts[49],
-        "p90_ms": 1e3 * cuts[89],
-        "p99_ms": 1e3 * cuts[98],
-        "images_per_second": per_call / mean,
-        "count": len(taken),
-    }
+    known = [p for p, count in ((50, 2), (90, 10), (99, 100)) if len(taken) >= count]
+    percentiles = {f"p{p}_ms": 1e3 * cuts[p - 1] for p in known}
+    return {**percentiles, "images_per_second": per_call / statistics.fmean(taken), "count": len(taken)}
 
 
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Long rows, in COLUMNS."""
+    """Long rows, in COLUMNS, appended to the CSV as they come.  Raises InputError or MissingFileError."""
+    if options.authors:
+        authors.check(options.authors)
     torch.manual_seed(0)
-    model = (load if options.model.split(".")[0] in {n.split(".")[0] for n in shipped()} else create_model)(
-        options.model
-    )
-    model = model.eval().to(options.device)
-    classifier = Normalised(efficientnet_lite0(), LITE0_MEAN, LITE0_STD).eval().to(options.device)
-    batches = [int(b) for b in options.batches.split(",")]
+    make_model = load if options.model.split(".")[0] in {n.split(".")[0] for n in shipped()} else create_model
+    model = make_model(options.model).eval().to(options.device)
+    known = dict(providers(model, options.device, options.authors))
+    wanted = options.providers.split(",") if options.providers else list(known)
+    if unknown := [name for name in wanted if name not in known]:
+        raise InputError(f"{', '.join(unknown)}: no such provider; there are {', '.join(known)}.")
+    try:
+        from timm import create_model as create_classifier
+    except ImportError as error:
+        raise MissingExtraError('The classifier needs the extra "timm": pip install "impure-fast[timm]".') from error
+    network = create_classifier("tf_efficientnet_lite0").requires_grad_(False)
+    classifier = Normalised(network, LITE0_MEAN, LITE0_STD).eval().to(options.device)
     generator = torch.Generator().manual_seed(0)
-    pictures = torch.randint(0, 256, (max(batches), 3, options.side, options.side), generator=generator).byte()
+    shape = (max(2, *options.batches), 3, options.side, options.side)
+    pictures = torch.randint(0, 256, shape, generator=generator).byte()
     base = {
-        "date": time.strftime("%Y-%m-%d"),
+        "date": results.began(),
         "commit": results.commit(),
         "machine": machine(options.device),
         "model": options.model,
@@ -152,35 +168,36 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
 
     def note(provider: str, loop: str, load: float, figures: dict[str, Any]) -> None:
-        for statistic, value in figures.items():
-            value = f"{value:.5g}" if isinstance(value, float) else value
-            rows.append(
-                {**base, "provider": provider, "loop": loop, "load": load, "statistic": statistic, "value": value}
-            )
-        print(
-            f"{provider:26} {loop:7} {load:8g}  "
-            + "  ".join(f"{k} {v:.5g}" if isinstance(v, float) else f"{k} {v}" for k, v in figures.items()),
-            flush=True,
-        )
+        texts = {k: f"{v:.5g}" if isinstance(v, float) else str(v) for k, v in figures.items()}
+        own = {**base, "provider": provider, "loop": loop, "load": load}
+        new = [{**own, "statistic": statistic, "value": value} for statistic, value in texts.items()]
+        rows.extend(new)
+        if options.csv:
+            results.append(options.csv, COLUMNS, new)
+        print(f"{provider:26} {loop:7} {load:8g}  {'  '.join(f'{k} {v}' for k, v in texts.items())}", flush=True)
 
     truth = None
-    wanted = options.providers and options.providers.split(",")
-    for name, make in providers(model, options.device, options.authors):
-        if wanted and name not in wanted and name != "reference":
+    for name, make in known.items():
+        if name not in wanted and name != "reference":
             continue
         if isinstance(make, str):
             note(name, "none", 0, {"why_not": make})
             continue
-        with torch.inference_mode():
-            purify = make()
-            result = purify(pictures[:1], 0)
-            truth = result if truth is None else truth
-            agreement = psnr(result.float(), truth) if result is not truth else float("inf")
-            note(name, "parity", 0, {"psnr": agreement})
-            if agreement < AGREES and name != "no purifier":
-                note(name, "none", 0, {"why_not": "its pictures differ from the reference's"})
-                continue
-            _time(name, purify, classifier, pictures, batches, options, note)
+        try:
+            with torch.inference_mode():
+                purify = make()
+                result = purify(pictures[:2], 0)
+                truth = result if truth is None else truth
+                agreement = psnr(result.float(), truth) if result is not truth else float("inf")
+                note(name, "parity", 0, {"psnr": agreement})
+                if agreement < AGREES and name != "no purifier":
+                    note(name, "none", 0, {"why_not": "its pictures differ from the reference's"})
+                    continue
+                _time(name, purify, classifier, pictures, options, note)
+        except Exception as refusal:  # one provider's failure is not the run's end
+            if name == "reference":
+                raise
+            note(name, "none", 0, {"why_not": f"{type(refusal).__name__}: {' '.join(str(refusal).split())[:300]}"})
     return rows
 
 
@@ -189,50 +206,53 @@ def _time(
     purify: Purify,
     classifier: nn.Module,
     pictures: Tensor,
-    batches: list[int],
     options: argparse.Namespace,
     note: Callable[[str, str, float, dict[str, Any]], None],
 ) -> None:
     def answer(images: Tensor) -> Tensor:
         return classifier(purify(images, None)).cpu()
 
-    for batch in batches:
+    for batch in options.batches:
         answer(pictures[:batch])  # shapes compiled, memory touched
         note(name, "closed", batch, summary(closed_loop(answer, pictures[:batch], options.seconds), batch))
-    for rate in (float(r) for r in options.rates.split(",") if r):
-        taken = open_loop(answer, pictures, rate, options.seconds)
+    for rate in options.rates:
+        taken = open_loop(answer, pictures[: max(options.batches)], rate, options.seconds)
         figures = summary(taken, 1)
-        del figures["images_per_second"]  # the rate itself, as long as it is kept up with
+        figures["images_per_second"] = len(taken) / ((len(taken) - 1) / rate + taken[-1])  # below the rate: overrun
         note(name, "open", rate, figures)
 
 
-def append(path: str | Path, rows: list[dict[str, Any]]) -> None:
-    """Add rows to a CSV; it is made with its heading where it is missing."""
-    fresh = not Path(path).exists()
-    with Path(path).open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if fresh:
-            writer.writeheader()
-        writer.writerows(rows)
-
-
-def draw(path: str | Path, rows: list[dict[str, Any]]) -> None:
-    """Latency over throughput in the closed loop, latency over arrival rate in the open one."""
+def draw(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """A line of pictures for each model: the closed loop's latency over throughput, the open one's over arrivals."""
     from matplotlib.figure import Figure
 
-    labels = {"closed": "images/s", "open": "images/s arriving"}
-    loops = [loop for loop in labels if any(row["loop"] == loop for row in rows)]
-    figure = Figure(figsize=(5.5 * len(loops), 4), layout="constrained")
-    for axis, loop in zip(figure.subplots(1, len(loops), squeeze=False)[0], loops, strict=True):
-        for provider in dict.fromkeys(row["provider"] for row in rows if row["loop"] == loop):
-            own = [row for row in rows if (row["provider"], row["loop"]) == (provider, loop)]
-            value = {(row["load"], row["statistic"]): float(row["value"]) for row in own}
-            loads = sorted({row["load"] for row in own})
-            x = [value[load, "images_per_second"] if loop == "closed" else load for load in loads]
-            axis.plot(x, [value[load, "p50_ms"] for load in loads], "o-", label=provider)
-        axis.set(xscale="log", yscale="log", xlabel=labels[loop], ylabel="p50 latency, ms", title=f"{loop} loop")
-    figure.axes[0].legend(fontsize=8)
-    figure.suptitle(f"{rows[0]['model']}, {rows[0]['pictures']}, {rows[0]['machine']}", fontsize=9)
+    # (model, pictures, machine) -> loop -> provider -> load -> {statistic: value}, of several the last
+    found: dict[tuple[str, ...], dict[str, Any]] = defaultdict(lambda: {loop: {} for loop in LOOPS})
+    for row in rows:
+        if row["loop"] in LOOPS:
+            curves = found[row["model"], row["pictures"], row["machine"]][row["loop"]]
+            point = curves.setdefault(row["provider"], {}).setdefault(float(row["load"]), {})
+            point[row["statistic"]] = float(row["value"])
+    if not found:
+        return
+    names = list(dict.fromkeys(row["provider"] for row in rows))  # a colour each, in every picture the same
+    columns = [loop for loop in LOOPS if any(loops[loop] for loops in found.values())]
+    figure = Figure(figsize=(5.5 * len(columns), 4 * len(found)), layout="constrained")
+    grid = figure.subplots(len(found), len(columns), squeeze=False)
+    for line, (what, loops) in zip(grid, found.items(), strict=True):
+        for axis, loop in zip(line, columns, strict=True):
+            axis.set_visible(bool(loops[loop]))
+            for provider, points in loops[loop].items():
+                x = [point["images_per_second"] if loop == "closed" else at for at, point in sorted(points.items())]
+                y = [point["p50_ms"] for _, point in sorted(points.items())]
+                axis.plot(x, y, "o-", label=provider, color=f"C{names.index(provider)}")
+            axis.set(xscale="log", yscale="log", xlabel=LOOPS[loop], ylabel="p50 latency, ms")
+            for side in (axis.xaxis, axis.yaxis):
+                side.set_major_formatter("{x:g}")
+                side.set_minor_formatter("{x:g}")
+            axis.tick_params(which="both", labelsize=6)
+            axis.set_title(f"{', '.join(what)}: {loop} loop", fontsize=7)
+            axis.legend(fontsize=7)
     figure.savefig(path, dpi=100)
 
 
@@ -240,22 +260,34 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.latency", description=__doc__.split("\n\n")[0])
     parser.add_argument("--model", default="impure_tiny", help="shipped name, or a preset with random weights")
     parser.add_argument("--side", type=int, default=224, help="of the square pictures, in pixels")
-    parser.add_argument("--batches", default="1,8,64", help="of the closed loop; the largest bounds the open one's")
-    parser.add_argument("--rates", default="", help="images a second of the open loop")
+    parser.add_argument("--batches", type=_batches, default="1,8,64", help="closed loop; the largest bounds the open's")
+    parser.add_argument("--rates", type=_rates, default="", help="images a second of the open loop")
     parser.add_argument("--seconds", type=float, default=10, help="of each measurement; at least two calls are made")
     parser.add_argument("--providers", help="names as printed, separated by commas; the reference always runs")
     parser.add_argument("--authors", metavar="PATH", help="a checkout of NoWindButRain/IMPure")
-    parser.add_argument("--device", default="cpu", choices=PRECISIONS)
+    parser.add_argument("--device", type=available, default="cpu", help="cpu or cuda")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--csv", metavar="FILE", help="append the rows to it")
     parser.add_argument("--picture", metavar="FILE")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    rows = measure(options)
-    if options.csv:
-        append(options.csv, rows)
+    try:
+        rows = measure(options)
+    except (Error, OSError) as error:
+        parser.exit(2, f"{error}\n")
     if options.picture:
         draw(options.picture, rows)
+
+
+def _batches(text: str) -> list[int]:
+    return [positive(part) for part in text.split(",")]
+
+
+def _rates(text: str) -> list[float]:
+    found = [float(part) for part in text.split(",") if part]
+    if not all(rate > 0 for rate in found):
+        raise argparse.ArgumentTypeError(f"{text}: rates are above 0")
+    return found
 
 
 if __name__ == "__main__":

@@ -21,10 +21,11 @@ from impure_fast.attacks import pgd
 from impure_fast.classifiers import LITE0_MEAN, LITE0_STD, Normalised, efficientnet_lite0
 from impure_fast.demo import EPS, SEED, decide, packed_views, photograph_views
 from impure_fast.engine.engine import PRECISIONS
+from impure_fast.errors import Error
 from impure_fast.evaluation.analysis import psnr
 from impure_fast.images import write_atomically
 
-from .runner import machine
+from .runner import available, machine, positive
 
 
 def measure(data: str | None, count: int, model: str, device: str, attack_steps: int) -> list[dict[str, Any]]:
@@ -71,11 +72,14 @@ def main() -> None:
     parser.add_argument("--data", help="packed ImageNet pictures; without: views of scikit-image's photographs")
     parser.add_argument("--count", type=int, default=0, help="pictures; 0 takes all of --data, or 40 views")
     parser.add_argument("--model", default="impure_tiny")
-    parser.add_argument("--device", default="cpu", choices=PRECISIONS)
-    parser.add_argument("--attack-steps", type=int, default=10)
+    parser.add_argument("--device", type=available, default="cpu", help="cpu or cuda")
+    parser.add_argument("--attack-steps", type=positive, default=10)
     parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args()
-    rows = measure(options.data, options.count, options.model, options.device, options.attack_steps)
+    try:
+        rows = measure(options.data, options.count, options.model, options.device, options.attack_steps)
+    except (Error, OSError) as error:
+        parser.exit(2, f"{error}\n")
     if options.json:
         write_atomically(options.json, lambda path: Path(path).write_text(json.dumps(rows, indent=1) + "\n"))
 

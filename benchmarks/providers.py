@@ -23,7 +23,7 @@ from impure_fast.ops import _dispatch
 from impure_fast.ops._lib import OPERATORS
 from impure_fast.ops.reconstruction_attention import replica_rows
 
-from .registry import Problem, first, network, weights
+from .registry import Problem, first, network, reconstruct, weights
 
 Provider = Callable[..., Any]  # the problem's inputs -> a tensor or a tuple of them
 SDPA = {
@@ -32,9 +32,13 @@ SDPA = {
     "sdpa-cudnn": SDPBackend.CUDNN_ATTENTION,
     "sdpa-math": SDPBackend.MATH,
 }
-COMPILE = {"compile": None, "compile-max-autotune": "max-autotune-no-cudagraphs"}
-STRONG = ("sdpa*", "products", "compile*")  # what a suspiciously fast provider is held against
-DEFAULT = "reference,compile,sdpa*,products,auto,cpp*,triton*,cuda*,engine*,authors"
+# Of torch.compile.  freezing: weights are constants, which on a CPU alone lets it pack them.
+COMPILE: dict[str, dict[str, Any]] = {
+    "compile": {},
+    "compile-max-autotune": {"max_autotune": True, "coordinate_descent_tuning": True, "freezing": True},
+}
+BASELINES = ("reference", "sdpa*", "products", "compile*", "authors")
+DEFAULT = "reference,compile,sdpa*,products,auto,cpp*,triton*,cuda*,engine,authors"
 
 
 def providers(problem: Problem, wanted: str, authors: str | None = None) -> dict[str, Provider]:
@@ -47,8 +51,11 @@ def providers(problem: Problem, wanted: str, authors: str | None = None) -> dict
     taken: dict[str, Provider] = {}
     for pattern in wanted.split(","):
         if pattern.endswith(".py"):
-            if function := load(pattern, problem.op):
-                taken[Path(pattern).stem] = named(problem, function)
+            function, name = load(pattern, problem.op), Path(pattern).stem
+            if name in NAMES:
+                raise InputError(f"{pattern}: there is a provider {name!r} already; give the file another name.")
+            if function:
+                taken[name] = named(problem, function)
             continue
         found = fnmatch.filter(known, pattern)
         if not found and not fnmatch.filter(NAMES, pattern):
@@ -58,13 +65,19 @@ def providers(problem: Problem, wanted: str, authors: str | None = None) -> dict
 
 
 def load(path: str, function: str) -> Any:
-    """``function`` of a Python file, or None where the file has none of that name."""
+    """``function`` of a Python file, or None where the file has none of that name.
+
+    Raises MissingFileError, or InputError where the file does not run.
+    """
     if not Path(path).is_file():
         raise MissingFileError(f"There is no provider file {path}.")
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise InputError(f"{path} does not run: {type(error).__name__}: {error}") from error
     return getattr(module, function, None)
 
 
@@ -84,7 +97,11 @@ def _operator(problem: Problem) -> dict[str, Provider]:
         return call
 
     known: dict[str, Provider] = {name: on(name) for name in (*spec.backends, "auto")}
-    known |= {name: torch.compile(problem.reference, mode=mode, dynamic=False) for name, mode in COMPILE.items()}
+
+    def compiled(reference: Callable[..., Any]) -> Provider:
+        return lambda *inputs: first(reference(*problem.arguments(inputs)), problem.op)
+
+    known |= {name: compiled(call) for name, call in _compiled(spec.reference).items()}
     if problem.op == "reconstruction_attention":
         chunks = problem.options["chunks"]
         known |= {"sdpa": _replicas(_sdpa, chunks), "products": _replicas(_products, chunks)}
@@ -96,12 +113,9 @@ def _operator(problem: Problem) -> dict[str, Provider]:
 
 
 def _network(problem: Problem, authors: str | None) -> dict[str, Provider]:
-    def on(name: str) -> Provider:
-        return lambda images: network(problem.preset, images, name)
-
-    known = {name: on(name) for name in ("reference", "auto")}
-    known |= {name: torch.compile(known["reference"], mode=mode, dynamic=False) for name, mode in COMPILE.items()}
-    known |= {"engine": _engine(problem.preset), "engine int8": _engine(problem.preset, "int8")}
+    known = {name: network(problem.preset, name) for name in ("reference", "auto")}
+    known |= {name: network(problem.preset, "reference", run) for name, run in _compiled(reconstruct).items()}
+    known["engine"] = _engine(problem.preset)
     if authors and problem.preset == "impure_base_patch16_224":
         from .authors import Authors
 
@@ -109,14 +123,33 @@ def _network(problem: Problem, authors: str | None) -> dict[str, Provider]:
     return known
 
 
-def _engine(preset: str, precision: str | None = None) -> Provider:
-    """The engine in the images' precision (or 8-bit integers), its pictures in the network's units."""
+def _compiled(function: Provider) -> dict[str, Provider]:
+    """Each of COMPILE, whole or not at all: without breaks, and never in silence back to eager."""
+
+    def compiled(options: dict[str, Any]) -> Provider:
+        made: list[Provider] = []  # at the first call: the compiler's import alone takes seconds
+
+        def call(*inputs: Tensor) -> Any:
+            if not made:
+                made.append(torch.compile(function, dynamic=False, fullgraph=True, options=options))
+            return made[0](*inputs)
+
+        return call
+
+    return {name: compiled(options) for name, options in COMPILE.items()}
+
+
+def _engine(preset: str) -> Provider:
+    """The engine in the images' precision, its pictures in the network's units.
+
+    Its 8-bit precision claims pictures that look the same, not equal numbers: benchmarks.latency measures it.
+    """
     engines: dict[tuple[torch.dtype, str], Engine] = {}
 
     def call(images: Tensor) -> Tensor:
         key = (images.dtype, str(images.device))
         if key not in engines:
-            own = precision or {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(images.dtype, "fp32")
+            own = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(images.dtype, "fp32")
             engines.clear()
             engines[key] = Engine(weights(preset, torch.float32, key[1]), precision=own)
         engine = engines[key]
@@ -158,7 +191,7 @@ def _products(*inputs: Tensor) -> Tensor:
 
 
 NAMES = [
-    *("reference", "auto", "cpp", "triton", "cuda", "sdpa", "products", "engine", "engine int8", "authors"),
+    *("reference", "auto", "cpp", "triton", "cuda", "sdpa", "products", "engine", "authors"),
     *("cpp on replicas", "triton on replicas", "cuda on replicas"),
     *SDPA,
     *COMPILE,

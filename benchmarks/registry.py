@@ -5,34 +5,41 @@ A problem is an operator on one shape: its tensors and their law, its options, i
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from impure_fast import Draws, backend, create_model
+from impure_fast import Draws, IMPure, backend, create_model
+from impure_fast.draws import grid_of
+from impure_fast.errors import InputError
+from impure_fast.model import table_cells
 from impure_fast.ops._lib import OPERATORS
 from impure_fast.ops.patch_mix import shown
+from impure_fast.philox import IMAGE_NOISE
 
-# Arguments of a reference that no problem uses.
+# Arguments of a reference that no problem sets; one called dtype is that of the first tensor.
 REST: dict[str, dict[str, Any]] = {
     "patch_mask": {"seed": None, "streams": None},
     "patch_assemble": {"clamp": False, "to_uint8": False},
+    "normalise_rows": {"scale": 1.0, "zero": 0},
 }
-WITHIN_THE_ENGINE = {"noise", "normalise_rows"}  # operators that are measured as part of it alone
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
-# How a tensor is filled, as the text of an expression in shape, dtype and generator: also the problem files hold it.
-# Never zeros: they are faster than data.
+# How a tensor is filled, in shape, dtype and generator.  Never zeros: they are faster than data.
 LAWS = {
     "normal": "torch.randn({shape}, generator=generator).to(dtype)",
     "image": "torch.rand({shape}, generator=generator).to(dtype)",
     "uniform": "torch.rand({shape}, generator=generator)",  # float32 whatever the problem's dtype
     "order": "torch.rand({shape}, generator=generator).argsort(dim=1)",
+    "streams": "torch.randint(2**32, {shape}, generator=generator)",
 }
 
 
@@ -42,8 +49,10 @@ class Problem:
 
     tensors: {"name": (shape, law)}; several names share one packed tensor, unbound along axis 2.
     gradients: names of the tensors that a backward pass reaches.
-    options: the operator's other arguments, by name; flops: of a forward pass, NaN to count them.
-    tolerance: error beside twice the reference's own, in units of the dtype's eps times the truth's largest entry.
+    options: the operator's other arguments, by name.
+    flops: of a forward pass without what can be shared or left out; NaN: to be counted.
+    unread: entries of the inputs, in the problem's dtype, on which the result does not depend.
+    tolerance: error beside twice the reference's own, in units of the dtype's eps times the size of the truth.
     small: for tests and memory checkers; left out of a run unless asked for.  large: too much for a CPU's one thread.
     """
 
@@ -52,6 +61,7 @@ class Problem:
     tensors: Mapping[str, tuple[tuple[int, ...], str]]
     options: Mapping[str, Any]
     flops: float
+    unread: int = 0
     tolerance: float = 4.0
     gradients: tuple[str, ...] = ()
     small: bool = False
@@ -62,6 +72,11 @@ class Problem:
     def name(self) -> str:
         """The problem as a file name."""
         return "_".join((self.op, *self.shape.split())).replace("=", "")
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        """Names of the dtypes that it comes in."""
+        return DTYPES if any("dtype" in LAWS[law] for _, law in self.tensors.values()) else DTYPES[:1]
 
     @property
     def names(self) -> list[str]:
@@ -85,25 +100,23 @@ class Problem:
     def reference(self, *inputs: Tensor) -> Any:
         """The oracle: plain PyTorch, or the network in the authors' order of operations."""
         if self.preset:
-            return network(self.preset, inputs[0], "reference")
+            return network(self.preset, "reference")(*inputs)
         return first(OPERATORS[self.op].reference(*self.arguments(inputs)), self.op)
 
     def arguments(self, inputs: tuple[Tensor, ...]) -> list[Any]:
         """Inputs and options in the order of the operator's reference."""
         values = {**dict(zip(self.names, inputs, strict=True)), **self.options, **REST.get(self.op, {})}
+        values["dtype"] = inputs[0].dtype
         return [values[name] for name in inspect.signature(OPERATORS[self.op].reference).parameters]
 
     def work(self, inputs: tuple[Tensor, ...], out: list[Tensor]) -> tuple[float, float]:
         """(bytes, operations) no implementation can do without: every input, weight and output once."""
-        tensors = [*inputs, *out]
-        flops = self.flops
+        tensors, flops = [*inputs, *out], self.flops
         if self.preset:
             tensors += list(weights(self.preset, inputs[0].dtype, str(inputs[0].device)).parameters())
-            if flops != flops:
-                with torch.no_grad(), FlopCounterMode(display=False) as counter:
-                    self.reference(*inputs)
-                flops = float(counter.get_total_flops())
-        return float(sum(x.numel() * x.element_size() for x in tensors)), flops
+            flops = network_flops(self.preset, inputs[0].shape)
+        size = sum(x.numel() * x.element_size() for x in tensors)
+        return float(size - self.unread * inputs[0].element_size()), flops
 
 
 def first(out: Any, op: str) -> Any:
@@ -111,10 +124,10 @@ def first(out: Any, op: str) -> Any:
     return out[0] if op == "reconstruction_attention" else out
 
 
-_made: dict[tuple[str, torch.dtype, str], Any] = {}
+_made: dict[tuple[str, torch.dtype, str], IMPure] = {}
 
 
-def weights(preset: str, dtype: torch.dtype, device: str) -> Any:
+def weights(preset: str, dtype: torch.dtype, device: str) -> IMPure:
     """The network of a preset; its random weights are the same whatever dtype and device."""
     key = (preset, dtype, device)
     if key not in _made:
@@ -127,12 +140,33 @@ def weights(preset: str, dtype: torch.dtype, device: str) -> Any:
     return _made[key]
 
 
-def network(preset: str, images: Tensor, name: str, seed: int = 0) -> Tensor:
-    """Draws and network: images [N, 3, H, W] -> prediction in the network's units."""
-    model = weights(preset, images.dtype, str(images.device))
-    draws = Draws.sample(model.config, images.shape, seed, device=images.device)
-    with backend(name):
-        return model.reconstruct(images, draws)[0]
+def reconstruct(model: IMPure, images: Tensor, draws: Draws) -> Tensor:
+    """The network: images -> prediction in its units."""
+    return model.reconstruct(images, draws)[0]
+
+
+def network(preset: str, name: str, run: Callable[..., Tensor] = reconstruct) -> Callable[[Tensor], Tensor]:
+    """``run`` on a backend, as a function of the images alone; the draws are the fastest that there are for all."""
+
+    def call(images: Tensor) -> Tensor:
+        model = weights(preset, images.dtype, str(images.device))
+        draws = Draws.sample(model.config, images.shape, 0, device=images.device)
+        with backend(name):
+            return run(model, images, draws)
+
+    return call
+
+
+@functools.cache
+def network_flops(preset: str, shape: tuple[int, ...]) -> float:
+    """Operations of the products, convolutions and attention, without those that cannot change the result."""
+    with FakeTensorMode(), torch.no_grad(), backend("reference"), FlopCounterMode(display=False) as counter:
+        model = create_model(preset)
+        draws = Draws.sample(model.config, shape, 0)
+        rows, cols, _ = grid_of(model.config, shape)
+        cells = table_cells(model.config, draws.positions, rows, cols)
+        model.reconstruct_shuffled(torch.empty(shape), draws, cells, rows, cols, lambda _, x: x)
+    return float(counter.get_total_flops())
 
 
 def _attention(
@@ -141,7 +175,9 @@ def _attention(
     options = {"scale": width**-0.5, "chunks": chunks}
     shape = f"{batch}x{heads}x{tokens}x{width}"
     if chunks:  # tokens: of a replica, L + 1
-        rows, pairs = 2 * (tokens - 1) + chunks, chunks * tokens * tokens
+        rows, clean = 2 * (tokens - 1) + chunks, (tokens - 1) // chunks * (chunks - 1)  # of a replica
+        # K > 2: what a clean row and a clean row have in common is the same in every replica.
+        pairs = chunks * (tokens**2 - clean**2) + (tokens - 1) ** 2
         tensors, shape = {"q k v": ((batch, rows, 3, heads, width), "normal")}, f"{shape} shared {chunks}"
     elif hidden:
         tensors = {
@@ -179,6 +215,7 @@ def _patches(n: int, side: int, patch: int, small: bool = False) -> Iterator[Pro
         tensors,
         {"start": start, "stop": stop, "patch": patch},
         0.0,
+        unread=math.prod(pixels),  # of each pixel one picture's is shown
         gradients=("purified", "images"),
         small=small,
     )
@@ -201,7 +238,19 @@ def _patches(n: int, side: int, patch: int, small: bool = False) -> Iterator[Pro
 def _net(preset: str, batch: int, side: int, small: bool = False, large: bool = False) -> Problem:
     tensors = {"images": ((batch, 3, side, side), "image")}
     shape = f"{batch}x3x{side}x{side}"
-    return Problem(f"reconstruct {preset}", shape, tensors, {}, float("nan"), 100.0, (), small, large, preset)
+    return Problem(f"reconstruct {preset}", shape, tensors, {}, float("nan"), small=small, large=large, preset=preset)
+
+
+def _noise(n: int, count: int, small: bool = False) -> Problem:
+    options = {"seed": 2**62 + 1, "purpose": IMAGE_NOISE, "count": count}
+    return Problem("noise", f"{n}x{count}", {"streams": ((n,), "streams")}, options, 0.0, small=small)
+
+
+def _rows(*shape: int, small: bool = False) -> Problem:
+    """Floats to floats: 8-bit results may differ by one, which a gate for integers refuses."""
+    tensors = {"x": (shape, "normal"), "weight": (shape[-1:], "uniform"), "bias": (shape[-1:], "uniform")}
+    flops = 7.0 * math.prod(shape)  # sum; square and sum; scale and shift, twice
+    return Problem("normalise_rows", "x".join(map(str, shape)), tensors, {"eps": 1e-6}, flops, small=small)
 
 
 PROBLEMS: tuple[Problem, ...] = (
@@ -220,6 +269,13 @@ PROBLEMS: tuple[Problem, ...] = (
     _attention(72, 2, 257, 32, hidden=64),
     _attention(18, 2, 257, 32, chunks=4),
     _attention(4, 16, 197, 32, chunks=4),  # the released network's first decoder block
+    _attention(4, 16, 785, 32),  # and at 448 pixels
+    _noise(2, 77, small=True),
+    _noise(4, 3 * 224 * 224),
+    _noise(18, 3 * 64 * 64),
+    _rows(3, 5, 24, small=True),
+    _rows(32, 50, 768),
+    _rows(144, 65, 96),
     _net("impure_tiny", 1, 32, small=True),
     _net("impure_tiny", 9, 64),
     _net("impure_base_patch16_224", 1, 224),
@@ -229,10 +285,22 @@ PROBLEMS: tuple[Problem, ...] = (
 
 
 def problems(names: str = "", shapes: str = "", small: bool = False, device: str = "cpu") -> list[Problem]:
-    """Problems whose operator begins with one of ``names`` (commas between) and whose shape holds ``shapes``."""
-    starts, fits = tuple(names.split(",")), device != "cpu"
-    return [
-        p
-        for p in PROBLEMS
-        if p.small == small and shapes in p.shape and p.op.startswith(starts) and (fits or not p.large)
-    ]
+    """Problems whose operator begins with one of ``names`` (commas between) and whose shape holds ``shapes``.
+
+    Raises InputError where there is none.
+    """
+    found = [p for p in PROBLEMS if p.small == small and shapes in p.shape and (device != "cpu" or not p.large)]
+    taken = [p for p in found if p.op.startswith(tuple(names.split(",")))]
+    if not taken:
+        known = "; ".join(f"{p.op} {p.shape}" for p in PROBLEMS if p.small == small)
+        raise InputError(f"No problem fits ops {names!r} and shapes {shapes!r} on {device}; there are {known}.")
+    return taken
+
+
+def cases(options: Any) -> Iterator[tuple[Problem, str, str]]:
+    """(problem, dtype, mode) as the command line's options choose them."""
+    for problem in problems(options.ops, options.shapes, options.small, options.device):
+        for dtype in options.dtypes:
+            for mode in options.modes:
+                if dtype in problem.dtypes and (mode == "forward" or problem.gradients):
+                    yield problem, dtype, mode

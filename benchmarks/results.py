@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import functools
 import io
 import os
 import subprocess
 from collections import defaultdict
-from datetime import date
+from collections.abc import Mapping, Sequence
+from datetime import datetime
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -18,29 +21,38 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from impure_fast import __version__
 from impure_fast.errors import InputError
 
-from .providers import STRONG
+from .providers import BASELINES
 from .registry import PROBLEMS
 from .runner import flat
 
 ROOT = Path(__file__).parent.parent
 CSV = ROOT / "benchmarks" / "results" / "kernels.csv"
 PAGE = ROOT / "docs" / "explained" / "kernels.md"
+README = ROOT / "README.md"
 BEGIN, END = "<!-- kernels: made by python -m benchmarks report -->", "<!-- kernels: end -->"
 COLUMNS = (
     *("commit", "date", "versions", "device", "dtype", "op", "shape"),
     *("provider", "mode", "statistic", "value"),
 )
-BASELINES = (*STRONG, "reference", "authors")
-OURS = ("cpp", "triton", "cuda", "auto", "engine", "engine int8")
+OURS = ("cpp", "triton", "cuda", "auto", "engine")
 _KEYS = ("dtype", "op", "shape", "provider", "mode")
 _TEXT = (*_KEYS, "machine", "clock", "baseline", "why_not", "note", "date", "commit")  # of a row; the rest is figures
 
 
+@functools.cache
 def commit() -> str:
-    """Of this checkout, with + where it holds changes; "unknown" outside a checkout."""
+    """Of this checkout, with + where it holds changes; outside one GIT_COMMIT of the environment, or "unknown"."""
     call = ["git", "-C", str(ROOT), "describe", "--always", "--exclude=*", "--dirty=+"]
-    run = subprocess.run(call, capture_output=True, text=True)
-    return run.stdout.strip() or "unknown"
+    found = ""
+    with contextlib.suppress(OSError):  # no git
+        found = subprocess.run(call, capture_output=True, text=True).stdout.strip()
+    return found or os.environ.get("GIT_COMMIT", "unknown")
+
+
+@functools.cache
+def began() -> str:
+    """Date and time by which the lines of one run are known."""
+    return datetime.now().isoformat(timespec="seconds")
 
 
 def lines(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
@@ -51,7 +63,7 @@ def lines(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
         extra = [f"impure_fast {__version__}", f"torch {versions}", row.get("clock"), row.get("note")]
         base = {
             "commit": row.get("commit") or commit(),
-            "date": row.get("date") or date.today().isoformat(),
+            "date": row.get("date") or began(),
             "versions": ", ".join(filter(None, extra)),
             "device": device,
             **{key: row[key] for key in _KEYS},
@@ -65,17 +77,21 @@ def lines(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
     return found
 
 
-def append(path: str | Path, rows: list[dict[str, Any]]) -> None:
-    """Add a run to the CSV.  Raises InputError where the file has other columns."""
+def append(path: str | Path, columns: Sequence[str], entries: Sequence[Mapping[str, Any]]) -> None:
+    """Add lines to a CSV, made with its heading where it is missing.
+
+    Raises InputError where the file has other columns.
+    """
     path, text = Path(path), io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
     if path.exists() and path.stat().st_size:
         with path.open(newline="") as file:
-            if tuple(next(csv.reader(file))) != COLUMNS:
-                raise InputError(f"{path} has other columns than {','.join(COLUMNS)}; name another file.")
+            if next(csv.reader(file)) != list(columns):
+                raise InputError(f"{path} has other columns than {','.join(columns)}; name another file.")
     else:
+        path.parent.mkdir(parents=True, exist_ok=True)
         writer.writeheader()
-    writer.writerows(lines(rows))
+    writer.writerows(entries)
     # One write at the end of the file: what is there already is never touched.
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     with os.fdopen(descriptor, "w") as file:
@@ -103,12 +119,14 @@ def _ratios(entries: list[dict[str, str]]) -> list[tuple[tuple[str, ...], float,
             run = (*(line[key] for key in ("device", "dtype", "op", "shape", "mode")), line["commit"], line["date"])
             runs[run][line["provider"]] = float(line["value"])
     found = {}  # of several runs the last one stays
-    for (device, dtype, op, shape, mode, at, day), medians in runs.items():
+    for (device, dtype, op, shape, mode, at, began), medians in runs.items():
         baselines = [t for name, t in medians.items() if any(fnmatch(name, pattern) for pattern in BASELINES)]
-        for provider in OURS if baselines else ():
-            if provider in medians:
-                key = (device, dtype, op, shape, provider, mode)
-                found[key] = (key, min(baselines) / medians[provider], f"{device}, {day}, commit {at}")
+        ours = [name for name in OURS if name in medians]
+        if ours[:1] not in ([], ["auto"]):  # it takes one of those before it
+            ours = [name for name in ours if name != "auto"]
+        for provider in ours if baselines else ():
+            key = (device, dtype, op, shape, provider, mode)
+            found[key] = (key, min(baselines) / medians[provider], f"{device}, {began[:10]}, commit {at}")
     return list(found.values())
 
 
@@ -127,10 +145,28 @@ def table(entries: list[dict[str, str]]) -> str:
         text.append(f"| {' | '.join([*key, *figures])} |")
     sources = "; ".join(sorted({source for *_, source in found}))
     note = (
-        "Times as fast as the fastest baseline of the same run: the reference, torch's attention in each of its"
-        f" backends, plain products, torch.compile, as far as the CSV has them. Both: forward and backward. {sources}."
+        "Times as fast as the fastest baseline of the same run, by medians: the reference, torch's attention in each of"
+        " its backends, plain products, torch.compile, the authors' code, as far as the CSV has them. Both: forward and"
+        f" backward. {sources}."
     )
     return "\n".join([*text, "", note])
+
+
+def networks(entries: list[dict[str, str]]) -> str:
+    """Markdown: median milliseconds of a network's forward pass by provider, in its last run."""
+    cells: dict[str, dict[tuple[str, ...], str]] = defaultdict(dict)
+    columns, sources = set[tuple[str, ...]](), set[str]()
+    for (device, dtype, op, shape, provider, mode), statistics in latest(entries).items():
+        if op.startswith("reconstruct ") and mode == "forward" and (line := statistics.get("median_us")):
+            column = (op.removeprefix("reconstruct "), shape, dtype)
+            columns.add(column)
+            cells[provider][column] = f"{float(line['value']) / 1000:.0f}"
+            sources.add(f"{device}, {line['date'][:10]}, commit {line['commit']}")
+    ordered = sorted(columns)
+    head = " | ".join(f"`{name}` {shape}, {dtype}" for name, shape, dtype in ordered)
+    text = [f"| provider | {head} |", f"| --- | {' | '.join('---:' for _ in columns)} |"]
+    text += [f"| {name} | {' | '.join(row.get(c, '') for c in ordered)} |" for name, row in cells.items()]
+    return "\n".join([*text, "", f"Median milliseconds of a forward pass. {'; '.join(sorted(sources))}."])
 
 
 def floors() -> str:
@@ -167,15 +203,19 @@ def in_page(page: str, text: str) -> str:
 
 
 def report(options: Any) -> None:
-    """The page's tables, and the pictures that there are figures for."""
+    """The tables of README and page, and the pictures that there are figures for."""
+    from . import latency
+
     entries = read()
-    PAGE.write_text(in_page(PAGE.read_text(), block(entries)))
-    print(table(entries))
+    for page, text in ((PAGE, block(entries)), (README, networks(entries))):
+        page.write_text(in_page(page.read_text(), text))
+        print(text)
     for name, draw in PICTURES.items():
         if figure := draw(entries):
-            path = CSV.with_name(f"{name}.png")
-            figure.savefig(path, dpi=80, bbox_inches="tight")
-            print(f"wrote {path.relative_to(ROOT)}")
+            figure.savefig(CSV.with_name(f"{name}.png"), dpi=80, bbox_inches="tight")
+            print(f"wrote benchmarks/results/{name}.png")
+    latency.draw(ROOT / "docs" / "latency.png", read(latency.CSV))
+    print("wrote docs/latency.png")
 
 
 def _axes(height: float = 4.0) -> tuple[Any, Any]:
@@ -202,7 +242,9 @@ def _bars(entries: list[dict[str, str]]) -> Any:
 def _roofline(entries: list[dict[str, str]]) -> Any:
     wanted = ("intensity", "gflops", "copy_gbytes_per_s", "product_gflops")
     points: dict[tuple[str, str], list[tuple[float, ...]]] = defaultdict(list)
-    for (device, dtype, *_), statistics in latest(entries).items():
+    for (device, dtype, *key), statistics in latest(entries).items():
+        if "int8" in " ".join(key):  # its operations are not those of the dtype
+            continue
         if all(name in statistics for name in wanted) and float(statistics["intensity"]["value"]) > 0:
             points[(device, dtype)].append(tuple(float(statistics[name]["value"]) for name in wanted))
     if not points:
@@ -230,20 +272,4 @@ def _memory(entries: list[dict[str, str]]) -> Any:
     return figure
 
 
-def _latency(entries: list[dict[str, str]]) -> Any:
-    points: dict[str, list[tuple[float, float]]] = defaultdict(list)
-    for key, statistics in latest(entries).items():
-        if {"p50_ms", "images_per_second"} <= statistics.keys():
-            pair = (float(statistics["p50_ms"]["value"]), float(statistics["images_per_second"]["value"]))
-            points[f"{key[0]}, {key[4]}, {key[1]}"].append(pair)
-    if not points:
-        return None
-    figure, axes = _axes()
-    for label, found in points.items():
-        axes.plot(*zip(*sorted(found), strict=True), marker="o", label=label)
-    axes.set(xscale="log", xlabel="median latency, ms", ylabel="images a second")
-    axes.legend(fontsize=7)
-    return figure
-
-
-PICTURES = {"speedup": _bars, "roofline": _roofline, "memory": _memory, "latency": _latency}
+PICTURES = {"speedup": _bars, "roofline": _roofline, "memory": _memory}

@@ -8,11 +8,15 @@ operations of a matrix product.
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import functools
+import math
 import statistics
 import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
 from typing import Any
 
@@ -21,14 +25,15 @@ from torch import Tensor
 
 from impure_fast import ops
 from impure_fast.demo import processor_name
+from impure_fast.engine.products import OneDnn, onednn_missing
 from impure_fast.ops.reconstruction_attention import SPEC
 
-from .providers import STRONG, Provider
+from .providers import BASELINES, Provider
 from .registry import Problem
 
 SECONDS = 0.02  # of work behind one reading on a CPU
 MODES = ("forward", "backward", "both")  # backward: alone, of a graph kept from forward
-SUSPICIOUS = 2.0  # times a strong baseline: measured again
+SUSPICIOUS = 2.0  # times the best baseline: measured again
 Reading = Callable[[int], float]  # calls -> seconds a call
 
 
@@ -36,6 +41,20 @@ def machine(device: str) -> str:
     """Device, torch and threads, as every row carries them."""
     name = torch.cuda.get_device_name() if device == "cuda" else processor_name()
     return f"{name}, torch {torch.__version__}, threads {torch.get_num_threads()}"
+
+
+def available(device: str) -> str:
+    """A device as an argument of the command line."""
+    if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
+        raise argparse.ArgumentTypeError(f"{device}: choose cpu, or cuda where there is a CUDA device")
+    return device
+
+
+def positive(text: str) -> int:
+    """A number of at least 1 as an argument of the command line."""
+    if not (text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f"{text}: wanted a whole number of at least 1")
+    return int(text)
 
 
 def flat(out: Any) -> list[Tensor]:
@@ -51,30 +70,34 @@ def result(problem: Problem, call: Provider, inputs: tuple[Tensor, ...], mode: s
     leaves = problem.leaves(inputs)
     out = call(*leaves)
     wanted = [x for x in leaves if x.requires_grad]
-    return [out.detach(), *torch.autograd.grad(out, wanted, _weight(out))]
+    return [out.detach(), *torch.autograd.grad(out, wanted, _upstream(out.shape, out.dtype, out.device))]
 
 
-def _weight(out: Tensor) -> Tensor:
-    return torch.linspace(-1, 1, out.numel(), device=out.device).view(out.shape).to(out.dtype)
+@functools.lru_cache(maxsize=2)
+def _upstream(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The gradient that comes from above: random, and the same number in every dtype."""
+    generator = torch.Generator().manual_seed(2)
+    return (torch.randint(-16, 17, shape, generator=generator) / 16).to(device, dtype)
 
 
 def error(problem: Problem, got: list[Tensor], own: list[Tensor], truth: list[Tensor]) -> float:
-    """Largest error in units of what is allowed (1): twice the reference's own error and the dtype's noise.
+    """Error in units of what is allowed (1): twice the reference's own error and the dtype's noise.
 
-    Integers must be equal; another shape, dtype or count, or a NaN, is infinitely wrong.
+    The worse of the largest error and the root mean square's.  Integers must be equal; another shape, dtype or count,
+    a NaN, or a reference that is infinitely wrong itself is infinitely wrong.
     """
     if [(x.shape, x.dtype) for x in got] != [(x.shape, x.dtype) for x in own]:
-        return float("inf")
+        return math.inf
     worst = 0.0
     for x, mine, true in zip(got, own, truth, strict=True):
         if not x.is_floating_point():
-            worst = max(worst, 0.0 if torch.equal(x, true) else float("inf"))
+            worst = max(worst, 0.0 if torch.equal(x, true) else math.inf)
             continue
-        noise = problem.tolerance * float(true.abs().max()) * torch.finfo(x.dtype).eps
-        allowed = 2 * float((mine.double() - true).abs().max()) + noise
-        off = float((x.double() - true).abs().max())
-        ratio = off / allowed if allowed else float("inf") * off if off else 0.0
-        worst = max(worst, ratio if ratio == ratio else float("inf"))
+        noise = problem.tolerance * torch.finfo(x.dtype).eps
+        for size in (lambda t: float(t.abs().max()), lambda t: float(t.square().mean().sqrt())):
+            off, allowed = size(x.double() - true), 2 * size(mine.double() - true) + noise * size(true)
+            ratio = off / allowed if allowed else math.inf if off else 0.0
+            worst = max(worst, ratio if math.isfinite(allowed) and ratio == ratio else math.inf)
     return worst
 
 
@@ -86,15 +109,26 @@ def oracle(problem: Problem, inputs: tuple[Tensor, ...], mode: str = "forward") 
 
 @functools.cache
 def ceilings(device: str, dtype: torch.dtype) -> tuple[float, float]:
-    """(bytes a second of a large copy, operations a second of a square product) on this machine, the best of 5."""
+    """(bytes a second of a large copy, operations a second of a square product) on this machine, the best of 5.
+
+    The product is torch's own or, where that is faster, oneDNN's on packed weights.
+    """
     side, size = (8192, 1 << 30) if device == "cuda" else (1024, 1 << 28)
-    source = torch.ones(size // 8, device=device, dtype=torch.float64)
+    source = torch.rand(size // 8, device=device, dtype=torch.float64)
     target = torch.empty_like(source)
     a = torch.randn(side, side, device=device).to(dtype)
     with torch.inference_mode():
-        copy, product = (_clock(call, device)[0] for call in (lambda: target.copy_(source), lambda: a @ a))
-        best = [min(read(1) for _ in range(5)) for read in (copy, product)]
-    return 2 * size / best[0], 2 * side**3 / best[1]
+        calls = [lambda: target.copy_(source), *(functools.partial(f, a) for f in products(a).values())]
+        copy, *fastest = (min(read(1) for _ in range(5)) for read in (_clock(call, device)[0] for call in calls))
+    return 2 * size / copy, 2 * side**3 / min(fastest)
+
+
+def products(weight: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:
+    """{provider: x -> x weight^T}: torch's own, and on a CPU oneDNN's on packed weights."""
+    found: dict[str, Callable[[Tensor], Tensor]] = {"torch": lambda x: torch.nn.functional.linear(x, weight)}
+    if weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16) and not onednn_missing():
+        found["packed"] = OneDnn(weight, weight.new_zeros(len(weight)))
+    return found
 
 
 def _clock(call: Callable[[], Any], device: str, capture: bool = True) -> tuple[Reading, str]:
@@ -144,7 +178,7 @@ def timed(problem: Problem, call: Provider, inputs: tuple[Tensor, ...], mode: st
         return _clock(lambda: result(problem, call, inputs, mode), device)
     leaves = problem.leaves(inputs)
     out = call(*leaves)
-    wanted, weight = [x for x in leaves if x.requires_grad], _weight(out)
+    wanted, weight = [x for x in leaves if x.requires_grad], _upstream(out.shape, out.dtype, out.device)
 
     def backward() -> Any:
         return torch.autograd.grad(out, wanted, weight, retain_graph=True)
@@ -160,42 +194,55 @@ def measure(
     ratio: median over the rounds of the baseline's time over this provider's.  The baseline is torch's attention
     ("sdpa") or else the reference.
     """
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()  # compiled code of other problems counts against its limit
     inputs = problem.make(dtype, device)
     own, truth = oracle(problem, inputs, mode)
     base = {"op": problem.op, "shape": problem.shape, "dtype": str(dtype).removeprefix("torch."), "mode": mode}
     rows, clocks = [], {}
     for name, call in found.items():
         rows.append(row := {**base, "provider": name, "parity": None, "machine": machine(device)})
-        try:
+        with _refused(row):
             off = error(problem, result(problem, getattr(call, "check", call), inputs, mode), own, truth)
-            row["parity"] = round(off, 3) if off < float("inf") else None
+            row["parity"] = round(off, 3) if off < math.inf else None
             if off > 1:
                 row["why_not"] = "Its result is wrong, so it is not timed."
                 continue
             row["peak_bytes"] = _peak(problem, call, inputs, mode)
             clocks[name], row["clock"] = timed(problem, call, inputs, mode)
-        except Exception as refusal:  # a backend that cannot, a compiler that is missing: a row, not the run's end
-            text = " ".join(str(refusal).split(" Given:")[0].split())
-            row["why_not"] = f"{type(refusal).__name__}: {text[:300]}"
     del truth
     baseline = next((name for name in ("sdpa", "reference") if name in clocks), None)
     times, board = _rounds(clocks, rounds, device), _board(device)
-    strong = [statistics.median(t) for name, t in times.items() if any(fnmatch(name, pattern) for pattern in STRONG)]
-    work = problem.work(inputs, own if mode == "forward" else own[:1]) if clocks else (0.0, 0.0)
+    strong = [statistics.median(t) for name, t in times.items() if any(fnmatch(name, pattern) for pattern in BASELINES)]
+    work = problem.work(inputs, own) if mode == "forward" else (0.0, 0.0)  # the floor is declared for it alone
     for row in rows:
-        if taken := times.get(row["provider"]):
-            if strong and min(strong) / statistics.median(taken) > SUSPICIOUS:
-                row["measured_again_us"] = round(1e6 * statistics.median(taken), 2)
-                taken = times[row["provider"]] = _again(
-                    problem, dtype, mode, found[row["provider"]], row, rounds, device
-                )
-            row |= _figures(taken, times.get(baseline or ""), work, ceilings(device, dtype), mode)
-            row |= {"baseline": baseline, "rounds": rounds, **board}
-            if device == "cpu" and row["provider"].startswith("triton"):
-                row["note"] = "Triton's interpreter: no measure of a kernel"
-            if hasattr(found[row["provider"]], "note"):
-                row["note"] = found[row["provider"]].note
+        if not (taken := times.get(name := row["provider"])):
+            continue
+        paired = times[baseline] if baseline else None
+        if strong and min(strong) / statistics.median(taken) > SUSPICIOUS:
+            row["measured_again_us"] = round(1e6 * statistics.median(taken), 2)
+            with _refused(row):
+                again = _again(problem, dtype, mode, {n: found[n] for n in (baseline, name) if n}, rounds, device)
+                taken, paired = again[name], again[baseline] if baseline else None
+            if "why_not" in row:
+                continue
+        row |= _figures(taken, paired, work, ceilings(device, dtype))
+        row |= {"baseline": baseline, "rounds": rounds, **board}
+        if device == "cpu" and name.startswith("triton"):
+            row["note"] = "Triton's interpreter: no measure of a kernel"
+        if hasattr(found[name], "note"):
+            row["note"] = found[name].note
     return rows
+
+
+@contextlib.contextmanager
+def _refused(row: dict[str, Any]) -> Iterator[None]:
+    """A backend that cannot, a compiler that is missing, memory that is out: a row, not the run's end."""
+    try:
+        yield
+    except Exception as refusal:
+        text = " ".join(str(refusal).split(" Given:")[0].split())
+        row["why_not"] = f"{type(refusal).__name__}: {text[:300]}"
 
 
 def _rounds(clocks: dict[str, Reading], rounds: int, device: str) -> dict[str, list[float]]:
@@ -208,22 +255,22 @@ def _rounds(clocks: dict[str, Reading], rounds: int, device: str) -> dict[str, l
 
 
 def _again(
-    problem: Problem, dtype: torch.dtype, mode: str, call: Provider, row: dict[str, Any], rounds: int, device: str
-) -> list[float]:
-    """More than twice a strong baseline is first taken for a mistake: other inputs, parity and clock anew."""
-    inputs = problem.make(dtype, device, seed=1)
-    own, truth = oracle(problem, inputs, mode)
-    if error(problem, result(problem, getattr(call, "check", call), inputs, mode), own, truth) > 1:
-        row["why_not"] = "Its result is wrong on other inputs."
-        return []
-    return _rounds({"again": timed(problem, call, inputs, mode)[0]}, rounds, device)["again"]
+    problem: Problem, dtype: torch.dtype, mode: str, found: dict[str, Provider], rounds: int, device: str
+) -> dict[str, list[float]]:
+    """More than twice the best baseline is first taken for a mistake: other inputs, parity and clocks anew.
+
+    found: the baseline of the ratio, if any, and the suspect last.
+    """
+    inputs, suspect = problem.make(dtype, device, seed=1), [*found.values()][-1]
+    got = result(problem, getattr(suspect, "check", suspect), inputs, mode)
+    if error(problem, got, *oracle(problem, inputs, mode)) > 1:
+        raise RuntimeError("Its result is wrong on other inputs.")
+    return _rounds({name: timed(problem, call, inputs, mode)[0] for name, call in found.items()}, rounds, device)
 
 
 def _figures(
-    taken: list[float], baseline: list[float] | None, work: tuple[float, float], top: tuple[float, float], mode: str
+    taken: list[float], baseline: list[float] | None, work: tuple[float, float], top: tuple[float, float]
 ) -> dict[str, Any]:
-    if not taken:
-        return {}
     ordered, median = sorted(taken), statistics.median(taken)
     row: dict[str, Any] = {
         "median_us": round(1e6 * median, 2),
@@ -232,7 +279,7 @@ def _figures(
     }
     if baseline:
         row["ratio"] = round(statistics.median(b / t for b, t in zip(baseline, taken, strict=True)), 3)
-    if mode == "forward":  # the floor is declared for it alone
+    if work[0]:
         floor = max(work[0] / top[0], work[1] / top[1])
         row |= {"gbytes_per_s": round(work[0] / median / 1e9, 2), "gflops": round(work[1] / median / 1e9, 2)}
         row |= {"intensity": round(work[1] / work[0], 3), "of_floor": round(floor / median, 4)}
@@ -284,13 +331,14 @@ def ceiling_rows(dtypes: list[str], device: str, rounds: int, small: bool) -> li
         rows.append({**base, "op": "ceiling", "shape": "product", "gflops": round(product / 1e9, 1)})
         for m, k, n in PRODUCTS[:1] if small else PRODUCTS:
             x, weight = (torch.randn(shape, device=device).to(dtype) for shape in ((m, k), (n, k)))
-            with torch.inference_mode():
-                read, clock = _clock(functools.partial(torch.nn.functional.linear, x, weight), device)
-                taken = sorted(read(1) for _ in range(rounds))
-            figures = _figures(taken, None, (1.0, 2.0 * m * k * n), (copy, product), "both")
-            speed = round(2e-9 * m * k * n / statistics.median(taken), 1)
-            row = {**base, "op": "product", "shape": f"{m}x{k}x{n}", **figures, "gflops": speed, "clock": clock}
-            rows.append(row | _board(device))
+            for provider, multiply in products(weight).items():
+                with torch.inference_mode():
+                    read, clock = _clock(functools.partial(multiply, x), device)
+                    taken = [read(1) for _ in range(rounds)]
+                row = {**base, "provider": provider, "op": "product", "shape": f"{m}x{k}x{n}", "clock": clock}
+                row |= _figures(taken, None, (0.0, 0.0), (copy, product))
+                row["gflops"] = round(2e-9 * m * k * n / statistics.median(taken), 1)
+                rows.append(row | _board(device))
     return rows
 
 

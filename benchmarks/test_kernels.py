@@ -14,7 +14,7 @@ CASES = [
     pytest.param(problem, name, id=f"{problem.op}-{problem.shape}-{name}".replace(" ", "_"))
     for small in (True, False)
     for problem in problems(small=small, device=DEVICE)
-    for name in providers.providers(problem, "reference,sdpa,auto,cpp,triton,cuda")
+    for name in providers.providers(problem, "reference,sdpa,auto,cpp,triton,cuda,engine")
 ]
 
 

@@ -27,11 +27,13 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from impure_fast import Draws, IMPure, backend, create_model
-from impure_fast.demo import processor_name
+from impure_fast.errors import Error
 from impure_fast.images import write_atomically
 from impure_fast.memory import POLICIES
 from impure_fast.training.losses import pixel_loss
 from impure_fast.training.plan import count_kept
+
+from .runner import available, machine, positive
 
 attention = import_module("impure_fast.ops.reconstruction_attention")
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "autocast": torch.float32}
@@ -142,17 +144,20 @@ def measure(case: Case, rounds: int) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.training_memory", description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="impure_base_patch16_224")
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--batch", type=positive, default=8)
     parser.add_argument("--dtype", default="bfloat16", choices=DTYPES, help="autocast: fp32 weights, bf16 products")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", type=available, default="cpu", help="cpu or cuda")
     parser.add_argument("--rounds", type=int, default=5, help="steps to time; 0 counts bytes alone")
     parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    name = torch.cuda.get_device_name(options.device) if options.device.startswith("cuda") else processor_name()
     common = {"model": options.model, "batch": options.batch, "dtype": options.dtype, "loss": "pixel"}
-    common |= {"rounds": options.rounds, "machine": f"{name}, torch {torch.__version__}, threads 1"}
-    rows = measure(Case.make(options.model, options.batch, options.dtype, options.device), options.rounds)
+    common |= {"rounds": options.rounds, "machine": machine(options.device)}
+    try:
+        case = Case.make(options.model, options.batch, options.dtype, options.device)
+    except Error as error:
+        parser.exit(2, f"{error}\n")
+    rows = measure(case, options.rounds)
     rows = [{**common, **row, "date": time.strftime("%Y-%m-%d")} for row in rows]
     for row in rows:
         print(json.dumps(row), flush=True)

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
-from benchmarks import latency
+from benchmarks import latency, results
 from impure_fast import load
 
 ROOT = Path(__file__).parents[1]
@@ -68,6 +69,12 @@ def test_closed_loop_rate_is_images_over_time(monkeypatch):
     assert (figures["count"], figures["p50_ms"], figures["images_per_second"]) == (20, 500, 16)
 
 
+def test_a_percentile_needs_the_calls_to_tell_it():
+    assert latency.summary([1, 2], 1).keys() == {"p50_ms", "images_per_second", "count"}
+    assert "p90_ms" in latency.summary([1] * 10, 1) and "p99_ms" not in latency.summary([1] * 99, 1)
+    assert latency.summary([*range(101)], 1)["p99_ms"] == 99_000
+
+
 def test_a_run_writes_rows_and_a_picture_and_appends(tmp_path, monkeypatch, capsys):
     table, picture = tmp_path / "latency.csv", tmp_path / "latency.png"
     arguments = ["--side", "32", "--batches", "1,2", "--rates", "50", "--seconds", "0"]
@@ -77,9 +84,8 @@ def test_a_run_writes_rows_and_a_picture_and_appends(tmp_path, monkeypatch, caps
     once = list(csv.DictReader(table.open()))
     found = {(row["provider"], row["loop"], row["load"], row["statistic"]): row["value"] for row in once}
     assert float(found["engine fp32", "parity", "0", "psnr"]) >= 100
-    assert (
-        float(found["engine fp32", "closed", "2", "p50_ms"]) > 0 and ("engine fp32", "open", "50.0", "p99_ms") in found
-    )
+    assert float(found["engine fp32", "closed", "2", "p50_ms"]) > 0
+    assert 0 < float(found["engine fp32", "open", "50.0", "images_per_second"]) <= 75  # three images, two intervals
     assert found["authors", "none", "0", "why_not"] == "needs --authors, a checkout of their repository"
     assert picture.read_bytes().startswith(b"\x89PNG") and "engine fp32" in capsys.readouterr().out
     latency.main()
@@ -87,14 +93,71 @@ def test_a_run_writes_rows_and_a_picture_and_appends(tmp_path, monkeypatch, caps
 
 
 def test_readme_says_what_the_measurement_said():
-    rows = list(csv.DictReader((ROOT / "benchmarks" / "results" / "latency.csv").open()))
-    p50 = {(r["provider"], r["model"], float(r["load"])): r["value"] for r in rows if r["statistic"] == "p50_ms"}
+    rows = [
+        row for row in csv.DictReader(latency.CSV.open()) if (row["loop"], row["statistic"]) == ("closed", "p50_ms")
+    ]
+    p50 = {(r["provider"], r["model"], float(r["load"])): r["value"] for r in rows}
     loads = [("impure_tiny", 1), ("impure_tiny", 64), ("impure_base_patch16_224", 1), ("impure_base_patch16_224", 4)]
     readme = (ROOT / "README.md").read_text().splitlines()
-    for label, provider in LABELS.items():
+    said = readme[readme.index(next(line for line in readme if line.startswith("| | `impure_tiny`, batch 1"))) + 2 :]
+    said = said[: said.index("")]
+    assert [line.split(" |")[0] for line in said] == [f"| {label}" for label in LABELS]
+    for line, provider in zip(said, LABELS.values(), strict=True):
         found = [p50.get((provider, *at)) for at in loads]
         cells = [f"{float(value):.0f}" if value else "" for value in found]
-        assert " ".join(f"| {label} | {' | '.join(cells)} |".split()) in readme
+        assert [cell.strip() for cell in line.split("|")[2:-1]] == cells
+
+
+def test_the_picture_shows_the_open_loop_where_it_was_measured(tmp_path):
+    rows = results.read(latency.CSV)
+    closed = [row for row in rows if row["loop"] != "open"]
+    row = {**rows[0], "provider": "engine fp32", "loop": "open", "load": "2.0"}
+    opened = [{**row, "statistic": "p50_ms", "value": "5"}, {**row, "statistic": "images_per_second", "value": "2"}]
+    sizes = []
+    for name, drawn in {"closed": closed, "both": closed + opened}.items():
+        latency.draw(tmp_path / f"{name}.png", drawn)
+        sizes.append(Image.open(tmp_path / f"{name}.png").size)
+    assert sizes[1][0] == 2 * sizes[0][0] and sizes[1][1] == sizes[0][1]
+    latency.draw(tmp_path / "none.png", [])
+    assert not (tmp_path / "none.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("--batches 1,x", "x: wanted a whole number of at least 1"),
+        ("--rates -1", "rates are above 0"),
+        ("--device tpu", "tpu: choose cpu, or cuda"),
+        ("--model impure_huge", "'impure_huge' is no preset"),
+        ("--providers fastest", "fastest: no such provider; there are reference, no purifier"),
+        ("--authors nowhere", "nowhere is no checkout of the authors' repository"),
+    ],
+)
+def test_a_wrong_command_says_what_to_do(arguments, said, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["latency", *arguments.split()])
+    with pytest.raises(SystemExit) as end:
+        latency.main()
+    assert end.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_a_provider_that_fails_does_not_end_the_run(tmp_path, monkeypatch):
+    def broken(model, device, folder):
+        def make():
+            raise RuntimeError("no such precision here")
+
+        yield from list(real(model, device, folder))[:1]
+        yield "broken", make
+        yield from list(real(model, device, folder))[1:2]
+
+    real = latency.providers
+    monkeypatch.setattr(latency, "providers", broken)
+    table = tmp_path / "latency.csv"
+    wanted = ["--side", "32", "--batches", "1", "--seconds", "0", "--csv", str(table)]
+    monkeypatch.setattr(sys, "argv", ["latency", *wanted])
+    latency.main()
+    found = {(row["provider"], row["statistic"]): row["value"] for row in results.read(table)}
+    assert found["broken", "why_not"] == "RuntimeError: no such precision here"
+    assert ("no purifier", "p50_ms") in found
 
 
 def test_what_differs_from_the_reference_is_not_timed(monkeypatch, capsys):
