@@ -77,21 +77,54 @@ def summary(results: dict[str, Any]) -> list[str]:
         "over those with 95 % Wilson intervals, unless they say all images.",
         "mean: average over fresh draws; worst: right in every draw; majority: the true label outvotes all others.",
     ]
+    widths = []
+    for level in _levels(results):
+        rows = [row for row in results["rows"] if row["level"] == level and row["adversarial"]]
+        figures = [row["adversarial"]["right"] for row in rows]
+        if widest := max(((f["mean"]["high"] - f["mean"]["low"], f["n"]) for f in figures), default=None):
+            widths.append(f"{level} {widest[0]:.1f} (n {widest[1]})")
+    out.append(f"Widest interval of each level, in points: {', '.join(widths)}.")
     if failed:
         blamed = ", ".join(dict.fromkeys(c["defence"] for c in failed))
         out.append(f"Sanity checks that failed: {len(failed)} ({blamed}). Do not quote their figures as robustness.")
     return out
 
 
-def _md_table(head: Sequence[str], body: Sequence[Sequence[Any]]) -> str:
+def _levels(results: dict[str, Any]) -> list[str]:
+    return sorted({row["level"] for row in results["rows"]}, key=list(READS).index)
+
+
+def overview(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """(head, rows): what the strongest attack of each level leaves of each defence at each eps."""
+    levels = [level for level in _levels(results) if level != "sanity"]
+    groups: dict[tuple[str, float], dict[str, list[Any]]] = {}
+    for row in results["rows"]:
+        if row["level"] != "sanity":
+            groups.setdefault((row["defence"], row["eps"]), {}).setdefault(row["level"], []).append(row)
+    body = []
+    for (defence, eps), found in groups.items():
+        clean = max((row for rows in found.values() for row in rows), key=lambda row: row["images"])["clean"]
+        line = [defence, f"{eps:g}", cell(clean["right"]["mean"])]
+        for level in levels:
+            rows = found.get(level, [])
+            left = [row["adversarial"]["right"]["mean"] for row in rows if row["adversarial"]]
+            least = cell(min(left, key=lambda figure: figure["value"])) if left else rows[0]["verdict"] if rows else ""
+            line.append(least)
+        body.append(line)
+    return ["defence", "eps", "clean", *levels], body
+
+
+def table(head: Sequence[str], body: Sequence[Sequence[Any]]) -> str:
+    """In Markdown."""
     lines = [head, ["---"] * len(head), *body]
     return "\n".join("| " + " | ".join(str(v).replace("|", "/") for v in row) + " |" for row in lines)
 
 
 def sections(results: dict[str, Any]) -> list[tuple[str, str, Sequence[str], list[list[Any]]]]:
     """(title, sentence, head, rows) of every table."""
-    out: list[tuple[str, str, Sequence[str], list[list[Any]]]] = []
-    for level in sorted({row["level"] for row in results["rows"]}, key=list(READS).index):
+    says = "the strongest attack of each level, mean over the draws; a level without an attack on a defence is empty"
+    out: list[tuple[str, str, Sequence[str], list[list[Any]]]] = [("Overview", says, *overview(results))]
+    for level in _levels(results):
         body = [line(row) for row in results["rows"] if row["level"] == level]
         out.append((level, READS[level], HEAD, body))
     checks = [[c["defence"], c["check"], c["status"], c["says"]] for c in results["checks"]]
@@ -125,7 +158,7 @@ def markdown(results: dict[str, Any]) -> str:
     """report.md."""
     parts = ["# Evaluation", *summary(results)]
     for title, says, head, body in sections(results):
-        parts += [f"## {title}", says, _md_table(head, body)]
+        parts += [f"## {title}", says, table(head, body)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
