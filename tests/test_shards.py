@@ -201,7 +201,7 @@ def test_the_command_makes_the_authors_nine(data, tmp_path, capsys):
         assert recipe["attack"] == folder and recipe["pictures"] == 6 and len(recipe["weights"]) == 16
         found = load_pictures(tmp_path / "out" / folder, lambda rgb: rgb, 9)
         change = found.adversarial.astype(int) - found.clean
-        assert change.any() and (abs(change).max() <= 4 or "cw2" in folder)
+        assert "cw2" in folder or 0 < abs(change).max() <= 4  # theirs may fail, or leave the ball
 
 
 def test_the_command_takes_any_attack_by_name_and_names_what_is_wrong(data, tmp_path, capsys):

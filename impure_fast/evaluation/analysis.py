@@ -54,10 +54,9 @@ def lpips_or_reason() -> Any:
         from torchvision.models import AlexNet_Weights
     except ImportError:
         return 'LPIPS was left out: pip install "impure-fast[perceptual]".'
-    url = AlexNet_Weights.IMAGENET1K_V1.url
-    trunk = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
-    if not trunk.exists():
-        return f"LPIPS was left out: put {url} into {trunk.parent}."
+    trunk = Path(AlexNet_Weights.IMAGENET1K_V1.url).name
+    if not (Path(torch.hub.get_dir()) / "checkpoints" / trunk).exists():
+        return f"LPIPS was left out: torchvision's {trunk} is not in the folder checkpoints of torch.hub.get_dir()."
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # lpips calls torchvision by names that it has given up
         return lpips.LPIPS(net="alex", verbose=False).eval()
@@ -86,7 +85,7 @@ class Analysis:
         """(part, defence, what makes it or takes it from the folder) of every part that says something."""
         e, s = self.evaluation, self.evaluation.settings
         example, n = asdict(e.example()), len(self.clean)
-        found = []
+        found: list[tuple[str, str, Callable[[], dict[str, Any]]]] = []
         for name in PARTS:
             for d in e.defences:
                 useful = {"scale": True, "strength": isinstance(d.purifier, IMPure)}.get(name, d.name != "none")
@@ -101,8 +100,8 @@ class Analysis:
         """Mean over the run's draws, in percent."""
         e = self.evaluation
         pipeline = defence.pipeline(e.target, "random", e.seed("score"))
-        found = scoring.decide(pipeline, images, self.labels, e.draws(defence), e.settings.batch)
-        return round(100 * float((found.decisions == self.labels.cpu()).double().mean()), 2)
+        decisions, _ = scoring.decide(pipeline, images, self.labels, e.draws(defence), e.settings.batch)
+        return round(100 * float((decisions == self.labels.cpu()).double().mean()), 2)
 
     def _purify(self, defence: Defence, images: Tensor) -> Tensor:
         """With draws that depend on nothing but the picture's place."""

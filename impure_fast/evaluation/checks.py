@@ -147,7 +147,8 @@ def _sweeps(bounded: list[Left]) -> list[dict[str, Any]]:
             value = setting.pop(what)
             if a.job.parameters["steps"] > 1:
                 groups.setdefault(tuple(setting.values()), []).append((value, a))
-        line = sorted(max(groups.values(), key=len, default=[]), key=lambda pair: pair[0])
+        longest: list[tuple[float, Left]] = max(groups.values(), key=len, default=[])
+        line = sorted(longest, key=lambda pair: pair[0])
         if len(line) < 2:
             continue
         steps = [(a, b) for (_, a), (_, b) in zip(line, line[1:], strict=False)]

@@ -79,10 +79,12 @@ def summary(results: dict[str, Any]) -> list[str]:
     ]
     widths = []
     for level in _levels(results):
-        rows = [row for row in results["rows"] if row["level"] == level and row["adversarial"]]
-        figures = [row["adversarial"]["right"] for row in rows]
-        if widest := max(((f["mean"]["high"] - f["mean"]["low"], f["n"]) for f in figures), default=None):
-            widths.append(f"{level} {widest[0]:.1f} (n {widest[1]})")
+        figures = [
+            row["adversarial"]["right"] for row in results["rows"] if row["level"] == level and row["adversarial"]
+        ]
+        if figures:
+            width, n = max((f["mean"]["high"] - f["mean"]["low"], f["n"]) for f in figures)
+            widths.append(f"{level} {width:.1f} (n {n})")
     out.append(f"Widest interval of each level, in points: {', '.join(widths)}.")
     if failed:
         blamed = ", ".join(dict.fromkeys(c["defence"] for c in failed))
@@ -101,16 +103,16 @@ def overview(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     for row in results["rows"]:
         if row["level"] != "sanity":
             groups.setdefault((row["defence"], row["eps"]), {}).setdefault(row["level"], []).append(row)
+
+    def strongest(rows: list[Any]) -> str:
+        figures = [row["adversarial"]["right"]["mean"] for row in rows if row["adversarial"]]
+        return cell(min(figures, key=lambda figure: figure["value"])) if figures else rows[0]["verdict"] if rows else ""
+
     body = []
     for (defence, eps), found in groups.items():
         clean = max((row for rows in found.values() for row in rows), key=lambda row: row["images"])["clean"]
-        line = [defence, f"{eps:g}", cell(clean["right"]["mean"])]
-        for level in levels:
-            rows = found.get(level, [])
-            left = [row["adversarial"]["right"]["mean"] for row in rows if row["adversarial"]]
-            least = cell(min(left, key=lambda figure: figure["value"])) if left else rows[0]["verdict"] if rows else ""
-            line.append(least)
-        body.append(line)
+        left = [strongest(found.get(level, [])) for level in levels]
+        body.append([defence, f"{eps:g}", cell(clean["right"]["mean"]), *left])
     return ["defence", "eps", "clean", *levels], body
 
 
@@ -127,24 +129,17 @@ def sections(results: dict[str, Any]) -> list[tuple[str, str, Sequence[str], lis
     for level in _levels(results):
         body = [line(row) for row in results["rows"] if row["level"] == level]
         out.append((level, READS[level], HEAD, body))
-    checks = [[c["defence"], c["check"], c["status"], c["says"]] for c in results["checks"]]
-    out.append(
-        ("Checks", "what would make the figures above worthless", ("defence", "check", "status", "says"), checks)
-    )
-    analysis = results["analysis"]
-    if analysis:
+    fields = ("defence", "check", "status", "says")
+    says = "what would make the figures above worthless"
+    out.append(("Checks", says, fields, [[check[name] for name in fields] for check in results["checks"]]))
+    if analysis := results["analysis"]:
         notes = " ".join([f"{analysis['images']} pictures, oblivious PGD-20.", *analysis["notes"]])
         scales = [[name, *(f"{p['accuracy']:.1f}" for p in points)] for name, points in analysis["scale"].items()]
         steps = [f"x {p['scale']:g}" for p in next(iter(analysis["scale"].values()), [])]
         out.append(("Scale of the perturbation", f"accuracy by its scale; {notes}", ("defence", *steps), scales))
-        for title, says, part in (
-            (
-                "Place of the residue",
-                "one patch perturbed: squared residue in it, in similar ones, in the rest",
-                "place",
-            ),
-            ("Picture quality", "distance of purified pictures from the clean ones", "quality"),
-        ):
+        place = "one patch perturbed: squared residue in it, in similar ones, in the rest"
+        quality = "distance of purified pictures from the clean ones"
+        for title, says, part in (("Place of the residue", place, "place"), ("Picture quality", quality, "quality")):
             found = analysis[part]
             names = list(dict.fromkeys(key for values in found.values() for key in values))
             out.append((title, says, ("defence", *names), [[d, *(v.get(k) for k in names)] for d, v in found.items()]))

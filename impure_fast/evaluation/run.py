@@ -116,11 +116,15 @@ class Evaluation:
         return found | {"meta": json.loads(str(found["meta"]))}
 
     def _made(self, job: Job | None) -> tuple[Any, ...]:
-        """What an attack depends on beside the pictures, the target and the defence."""
+        """What an attack depends on beside the clean pictures, the target and the defence."""
         if job is None:
             return ()
-        surrogate = self.surrogates.get(job.knows.removeprefix("surrogate:"))
-        return asdict(job), digest(surrogate.model) if surrogate else None
+        other: Any = None
+        if job.knows == "given" and self.pictures.adversarial is not None:
+            other = torch.from_numpy(self.pictures.adversarial)
+        elif job.knows.startswith("surrogate:"):
+            other = self.surrogates[job.knows.removeprefix("surrogate:")].model
+        return asdict(job), None if other is None else digest(other)
 
     def identity(self, defence: Defence) -> tuple[Any, ...]:
         """What a figure of a defence depends on."""
@@ -182,10 +186,10 @@ class Evaluation:
             if job is not None:
                 images, meta = self.attacked(job, defence)
             pipeline = defence.pipeline(self.target, mode, self.seed("score"))
-            outcome = scoring.decide(pipeline, images, self.labels[:n], draws, s.batch)
+            decisions, loss = scoring.decide(pipeline, images, self.labels[:n], draws, s.batch)
             farthest = float((images - self.images[:n]).abs().max() * 255)
             meta |= {"farthest": round(farthest, 3), "device": s.device, "versions": versions()}
-            return {"decisions": outcome.decisions.numpy(), "loss": outcome.loss.numpy(), "meta": meta}
+            return {"decisions": decisions.numpy(), "loss": loss.numpy(), "meta": meta}
 
         parts = (self._made(job), n, mode, draws, self.ids, s.seed, s.batch, self.identity(defence))
         return self.cached("scores", parts, make)

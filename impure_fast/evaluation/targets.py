@@ -276,7 +276,11 @@ def _from_shards(shards: Sequence[Path]) -> Iterator[Labelled]:
             if not {"adv", "clean", "cls"} <= parts.keys():
                 raise InputError(f"{shard}: {key} has {sorted(parts)}; wanted adv.png, clean.jpg and cls.")
             clean, adversarial = parts["clean"], partial(decode, parts["adv"])
-            yield Labelled(key, int(parts["cls"]), partial(decode, clean), lambda clean=clean: clean, adversarial)
+            yield Labelled(key, int(parts["cls"]), partial(decode, clean), partial(bytes, clean), adversarial)
+
+
+def _rgb(path: Path) -> Pixels:
+    return read_image(path).rgb
 
 
 def _from_folder(path: Path, count: int) -> list[Labelled]:
@@ -296,7 +300,4 @@ def _from_folder(path: Path, count: int) -> list[Labelled]:
     else:
         label = {name: place for place, name in enumerate(classes)}
     chosen = [files[i] for i in np.random.default_rng(0).permutation(len(files))[:count]]
-    return [
-        Labelled(rel.as_posix(), label[rel.parts[0]], lambda file=file: read_image(file).rgb, file.read_bytes)
-        for file, rel in chosen
-    ]
+    return [Labelled(rel.as_posix(), label[rel.parts[0]], partial(_rgb, file), file.read_bytes) for file, rel in chosen]
