@@ -168,14 +168,14 @@ img { max-width: 100% }
 </style>
 <h1>Evaluation</h1>
 {% for sentence in summary %}<p>{{ sentence }}</p>{% endfor %}
-{% for title, image in figures %}<h2>{{ title }}</h2>
-<img alt="{{ title }}" src="data:image/png;base64,{{ image }}">{% endfor %}
 {% for title, says, head, body in sections %}<h2>{{ title }}</h2><p>{{ says }}</p><div><table>
 <tr>{% for name in head %}<th>{{ name }}</th>{% endfor %}</tr>
 {% for row in body %}<tr>{% for value in row %}
 <td{% if value in ("failed", "warning") %} class="{{ value }}"{% endif %}>{{ "" if value is none else value }}</td>
 {%- endfor %}</tr>{% endfor %}
-</table></div>{% endfor %}
+</table></div>
+{% if loop.first %}{% for title, image in figures %}<h2>{{ title }}</h2>
+<img alt="{{ title }}" src="data:image/png;base64,{{ image }}">{% endfor %}{% endif %}{% endfor %}
 <h2>Settings</h2><pre>{{ settings }}</pre></html>
 """
 
