@@ -665,35 +665,48 @@ def test_baselines_fall_on_photographs(views, tmp_path, level, names):
         assert strongest["adversarial"]["right"]["mean"]["value"] < 10
 
 
-@pytest.mark.slow
-def test_two_processes_make_the_report_of_one(data, weights, tmp_path):
-    """As ``accelerate launch`` or torchrun start them, over gloo."""
-    script = tmp_path / "go.py"
+@pytest.fixture
+def start(data, weights, tmp_path):
+    """start(folder, **environment) -> a process that evaluates into it and prints how many rows it reports."""
+    script, root = tmp_path / "go.py", Path(__file__).parent.parent
     cut = dict(images=4, sanity_images=2, steps=2, eot=2, draws=2, analysis=True, levels=("T0", "T3", "T4"))
-    chosen = settings(data, purifiers=(str(weights),), **cut)
+    chosen = dataclasses.asdict(settings(data, purifiers=(str(weights),), **cut))
     script.write_text(
-        "import sys, time\nfrom pathlib import Path\ntime.perf_counter = lambda: 0.0\n"
+        "import sys, time\ntime.perf_counter = lambda: 0.0\n"
         "import impure_fast.evaluation.run as run\nfrom impure_fast.evaluation.suites import Settings\n"
-        f"found = run.evaluate(Settings(**{dataclasses.asdict(chosen)!r}), sys.argv[1])\n"
-        "print(len(found.get('rows', [])))\n"
+        f"found = run.evaluate(Settings(**{chosen!r}), sys.argv[1])\nprint(len(found.get('rows', [])))\n"
     )
-    root = Path(__file__).parent.parent
 
-    def start(folder, **environment):
-        command = [sys.executable, str(script), str(folder)]
+    def call(folder, **environment):
         environment = os.environ | dict(PYTHONPATH=str(root), OMP_NUM_THREADS="1") | environment
+        command = [sys.executable, str(script), str(tmp_path / folder)]
         return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
 
+    return call
+
+
+@pytest.mark.slow
+def test_two_processes_and_a_killed_one_make_the_report_of_one(start, tmp_path):
+    """Two as ``accelerate launch`` or torchrun start them, over gloo; one ended by SIGKILL and started again."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
     shared = dict(WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=port)
-    workers = [start(tmp_path / "two", **shared, RANK=str(rank)) for rank in range(2)]
-    said = [worker.communicate(timeout=300)[0].strip() for worker in workers]
-    assert start(tmp_path / "one").wait(timeout=300) == 0
+    workers = [start("two", **shared, RANK=str(rank)) for rank in range(2)]
+    said = [worker.communicate(timeout=600)[0].strip() for worker in workers]
     assert int(said[0]) > 10 and said[1] == "0"
+    victim = start("killed")
+    while len(list((tmp_path / "killed").glob("scores/[!.]*"))) < 5:
+        assert victim.poll() is None
+        time.sleep(0.01)
+    victim.kill()
+    victim.wait()
+    assert not (tmp_path / "killed" / "results.json").exists()
+    for folder in ("killed", "one"):
+        assert start(folder).wait(timeout=600) == 0
     for name in ("results.json", "report.md", "report.html"):
-        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
+        whole = (tmp_path / "one" / name).read_bytes()
+        assert whole == (tmp_path / "two" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes(), name
 
 
 @pytest.mark.slow

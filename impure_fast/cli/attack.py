@@ -33,6 +33,8 @@ def attack(
     step_size in 1/255: pgd,steps=10,step_size=2,eps=8. Ctrl-C stops; the same
     command goes on.
     """
+    import torch
+
     from ..attacks import AUTHORS, parse
     from ..evaluation.targets import digest, labelled, load_target
     from ..training.shards import write_shards
@@ -41,7 +43,8 @@ def attack(
     check_device(device)
     target = load_target(classifier)
     pictures = labelled(data, images or sys.maxsize)
-    recipe = dict(classifier=target.name, weights=digest(target.model), data=Path(data).name)
+    labels = digest(torch.tensor([picture.label for picture in pictures]))
+    recipe = dict(classifier=target.name, weights=digest(target.model), data=Path(data).name, labels=labels)
     with progress_bar() as progress:
         for text in attacks or AUTHORS:
             text = text if "eps" in parse(text)[1] else f"{text},eps={eps:g}"

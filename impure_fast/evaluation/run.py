@@ -52,9 +52,10 @@ class Evaluation:
     all that it depends on, so a run that was killed goes on, and a larger one takes over what fits."""
 
     def __init__(self, settings: Settings, folder: str | Path, progress: Progress) -> None:
-        self.settings, self.folder, self.progress = settings, Path(folder), progress
+        self.settings, self.folder = settings, Path(folder)
         s = settings
         self.rank, self.world = _processes()
+        self.progress: Progress = progress if self.rank == 0 else lambda what, done, total: None
         own = s.device == "cuda" and self.world > 1
         self.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if own else s.device
         self.target = load_target(s.classifier, s.classifier_weights).to(self.device)
