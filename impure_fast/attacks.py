@@ -7,6 +7,7 @@ IMPure authors ran and no library has (``authors-*``, SPEC 7.1).  eps and step_s
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -35,8 +36,7 @@ def attack(
     Global generators and the modes (train, eval) of all modules are left as they were.
     Raises InputError for an unknown attack or parameter, MissingExtraError without the attack libraries.
     """
-    if name not in ATTACKS:
-        raise InputError(f"There is no attack {name!r}; choose one of {', '.join(ATTACKS)}.")
+    function = _named(name)
     images = images.contiguous()  # pyautoattack takes views of gradients, which follow the image's strides
     modes = {module: module.training for module in model.modules()}
     done = []
@@ -45,17 +45,57 @@ def attack(
         with torch.random.fork_rng(devices=devices), torch.enable_grad():
             torch.manual_seed(seed)
             for x, y in zip(images.split(batch), labels.split(batch), strict=True):
-                attacked = ATTACKS[name](model.eval(), x, y, eps, seed, **parameters).detach()
+                attacked = function(model.eval(), x, y, eps, seed, **parameters).detach()
                 done.append((attacked * 255).round() / 255)
                 progress(sum(map(len, done)), len(images))
     except TypeError as error:
-        if "unexpected keyword argument" not in str(error):
+        if "keyword" not in str(error):  # of an unexpected or a missing one
             raise
-        raise InputError(f"Attack {name!r} does not take one of {sorted(parameters)}: {error}.") from error
+        raise InputError(f"Attack {name!r} cannot run with parameters {sorted(parameters)}: {error}.") from error
     finally:
         for module, training in modes.items():
             module.training = training
     return torch.cat(done)
+
+
+# What the IMPure authors run, with their parameters (SPEC 7.1), for ``parse``.
+AUTHORS = (
+    "fgsm",
+    "authors-pgd,steps=10,step_size=4",
+    "authors-mifgsm,steps=10,step_size=4",
+    "authors-difgsm,decay=0.0,steps=10,step_size=4",
+    "authors-difgsm,decay=1.0,steps=10,step_size=4",
+    "apgd-ce,steps=10",
+    "apgd-dlr,steps=10",
+    "authors-cw2",
+    "authors-deepfool2,step_size=4",
+)
+
+
+def parse(text: str) -> tuple[str, dict[str, Any]]:
+    """ "pgd,steps=10,step_size=4" -> ("pgd", {"steps": 10, "step_size": 4 / 255}): eps and step_size in 1/255.
+
+    Values are JSON, or else words.  Raises InputError for an unknown attack or a part that is no parameter.
+    """
+    name, *parts = text.split(",")
+    _named(name)
+    parameters: dict[str, Any] = {}
+    for part in parts:
+        key, _, word = part.partition("=")
+        try:
+            value = json.loads(word)
+        except ValueError:
+            value = word
+        if not word or (key in ("eps", "step_size") and not isinstance(value, (int, float))):
+            raise InputError(f"{part!r} in {text!r} cannot be used; wanted NAME,KEY=VALUE,... as in {AUTHORS[1]}.")
+        parameters[key] = value / 255 if key in ("eps", "step_size") else value
+    return name, parameters
+
+
+def _named(name: str) -> Callable[..., Tensor]:
+    if name not in ATTACKS:
+        raise InputError(f"There is no attack {name!r}; choose one of {', '.join(ATTACKS)}.")
+    return ATTACKS[name]
 
 
 def pgd(

@@ -8,9 +8,11 @@ from __future__ import annotations
 import io
 import os
 import secrets
+import tarfile
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -123,6 +125,11 @@ def _load(path: Path) -> tuple[Image.Image, bool]:
         raise ImageFileError(f"{path} is damaged: {error}.") from error
 
 
+def decode(data: bytes) -> Pixels:
+    """The picture that a file's bytes hold, [H, W, 3], as a data set's reader sees it: its EXIF tag is not asked."""
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
 def write_image(path: str | Path, rgb: Pixels, alpha: Pixels | None = None) -> str | None:
     """Write by suffix: PNG, WebP (lossless) or JPEG (quality 95, chroma at full size), making the folder if missing.
 
@@ -175,6 +182,12 @@ def encode_jpeg(rgb: Pixels, quality: int, max_side: int | None = None) -> bytes
     return buffer.getvalue()
 
 
+def encode_png(rgb: Pixels) -> bytes:
+    """rgb: [H, W, 3] -> a PNG, which decodes to exactly these values."""
+    Image.fromarray(rgb).save(buffer := io.BytesIO(), "PNG")
+    return buffer.getvalue()
+
+
 def jpeg_bytes(path: str | Path, quality: int, max_side: int | None = None) -> bytes:
     """The file itself if it is an upright RGB JPEG that fits, otherwise its picture as ``encode_jpeg`` writes it.
 
@@ -211,6 +224,20 @@ def write_packed(path: str | Path, jpegs: Sequence[bytes], labels: Sequence[int]
         _cannot_write(Path(path), error)
 
 
+@dataclass(frozen=True)
+class Labelled:
+    """A picture of a data set that is read when it is asked for.
+
+    rgb: gives uint8 [H, W, 3]; file: the bytes that it is stored as; adversarial: as rgb, where it comes attacked.
+    """
+
+    name: str
+    label: int
+    rgb: Callable[[], Pixels]
+    file: Callable[[], bytes]
+    adversarial: Callable[[], Pixels] | None = None
+
+
 class PackedImages:
     """Read access to what ``write_packed`` writes: ``len``, ``images[i]`` -> uint8 [H, W, 3], ``labels`` [n] int64.
 
@@ -231,8 +258,42 @@ class PackedImages:
         return len(self.labels)
 
     def __getitem__(self, i: int) -> Pixels:
-        data = self._jpeg[self._offsets[i] : self._offsets[i + 1]].tobytes()
-        return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+        return decode(self.jpeg(i))
+
+    def jpeg(self, i: int) -> bytes:
+        """The file of picture i."""
+        return self._jpeg[self._offsets[i] : self._offsets[i + 1]].tobytes()
+
+
+def shards_of(folder: Path) -> list[Path]:
+    """The WebDataset shards of a folder, sorted; a hidden one is the remainder of a killed run."""
+    return sorted(folder.glob("[!.]*.tar"))
+
+
+def read_shard(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """(key, {"adv": ..., "clean": ..., "cls": ...}) of each sample of a WebDataset shard: the parts of its files' names
+    between the first dots, and what they hold.
+
+    Raises MissingFileError, or InputError where it is no whole tar.
+    """
+    try:
+        with tarfile.open(path) as archive:
+            for key, members in groupby(archive, lambda member: _key(member.name)):
+                parts = {}
+                for member in members:
+                    if file := archive.extractfile(member):
+                        parts[member.name[len(key) + 1 :].partition(".")[0]] = file.read()
+                yield key, parts
+    except FileNotFoundError as error:
+        raise MissingFileError(f"{path} does not exist.") from error
+    except tarfile.TarError as error:
+        raise InputError(f"{path} is no shard (tar), or is damaged: {error}.") from error
+
+
+def _key(name: str) -> str:
+    """ "a.b/c.adv.png" -> "a.b/c"."""
+    folder, slash, file = name.rpartition("/")
+    return folder + slash + file.partition(".")[0]
 
 
 def random_view(image: Pixels, side: int, rng: np.random.Generator) -> Pixels:

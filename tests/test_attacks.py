@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from impure_fast.attacks import ATTACKS, attack, expected_gradient, margin, sign_steps
+from impure_fast.attacks import ATTACKS, AUTHORS, attack, expected_gradient, margin, parse, sign_steps
 from impure_fast.errors import InputError
 
 from .conftest import global_generator_untouched, random_images
@@ -189,8 +189,22 @@ def test_autoattack_is_at_least_as_strong_as_its_first_part(model, data):
 
 @pytest.mark.parametrize(
     ("name", "parameters", "says"),
-    [("pdg", {}, "no attack 'pdg'; choose one of fgsm, pgd"), ("fgsm", dict(steps=3), r"'fgsm' does not take.*steps")],
+    [
+        ("pdg", {}, "no attack 'pdg'; choose one of fgsm, pgd"),
+        ("fgsm", dict(steps=3), r"'fgsm' cannot run with parameters \['steps'\]: .*unexpected"),
+        ("eot-pgd", dict(steps=3), r"'eot-pgd' cannot run with parameters \['steps'\]: .*missing.*step_size"),
+    ],
 )
 def test_unknown_attacks_and_parameters_are_named(name, parameters, says, model, data):
     with pytest.raises(InputError, match=says):
         attack(name, model, *data, eps=EPS, seed=0, **parameters)
+
+
+def test_attacks_are_named_with_their_parameters():
+    text = "eot-pgd,steps=3,step_size=2,eps=8,loss=margin"
+    wanted = dict(steps=3, step_size=2 / 255, eps=8 / 255, loss="margin")
+    assert parse(text) == ("eot-pgd", wanted)
+    assert [parse(text)[0] for text in AUTHORS].count("authors-difgsm") == 2 and len(AUTHORS) == 9
+    for wrong in ("pgd,steps", "pgd,step_size=two"):
+        with pytest.raises(InputError, match=f"{wrong.partition(',')[2]!r} in {wrong!r} cannot be used"):
+            parse(wrong)

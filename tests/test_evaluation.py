@@ -3,8 +3,13 @@
 import dataclasses
 import io
 import json
+import os
+import socket
+import subprocess
+import sys
 import tarfile
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +19,7 @@ from torch import nn
 
 from impure_fast.checkpoints import save_safetensors
 from impure_fast.errors import ConfigError, InputError, MissingFileError
-from impure_fast.images import encode_jpeg, write_image, write_packed
+from impure_fast.images import decode, encode_jpeg, encode_png, read_shard, shards_of, write_image, write_packed
 from impure_fast.philox import uniform
 from impure_fast.purify import to_float
 
@@ -188,6 +193,17 @@ def test_defences_without_a_gradient_are_attacked_by_bpda(ladder, defence):
     assert not rows_of(ladder[0], defence, "T4")
 
 
+@pytest.mark.parametrize(
+    ("name", "level"), [("jpeg75", "T2"), ("bits4", "T2"), ("median3", "T2"), ("resize-pad", "T4")]
+)
+def test_baselines_fall_below_ten_percent(data, tmp_path, name, level):
+    chosen = settings(data, baselines=(name,), levels=(level,), steps=20, eot=4, eps=(16,), draws=5)
+    strongest = rows_of(run.evaluate(chosen, tmp_path), name, level)[-1]
+    assert strongest["attack"] == "strongest per image"
+    clean, attacked = (strongest[kind]["right"]["mean"]["value"] for kind in ("clean", "adversarial"))
+    assert clean > 30 and attacked < 10
+
+
 def test_random_resize_and_pad_is_attacked_in_expectation(ladder):
     found = [row for row in rows_of(ladder[0], "resize-pad", "T4") if "eot" in row]
     assert {row["attack"] for row in found} == {"eot-pgd", "autoattack"}
@@ -255,14 +271,10 @@ def test_analysis_tells_scale_place_quality_and_strength(ladder):
     assert {(p["image_mask"], p["feature_mask"]) for p in strength if p["swept"] == "masks"} == set(analysis.MASKS)
 
 
-def test_lpips_is_left_out_with_its_reason_where_its_weights_are_not(monkeypatch):
-    lpips = pytest.importorskip("lpips")
-
-    def offline(**options):
-        raise OSError("no network")
-
-    monkeypatch.setattr(lpips, "LPIPS", offline)
-    assert "AlexNet weights cannot be fetched" in analysis.lpips_or_reason()
+def test_lpips_is_left_out_with_its_reason_where_its_weights_are_not(monkeypatch, tmp_path):
+    pytest.importorskip("lpips")
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    assert "LPIPS was left out: torchvision's alexnet-owt-7be5be79.pth is not in" in analysis.lpips_or_reason()
 
 
 def test_a_killed_run_goes_on_to_the_same_report(data, weights, tmp_path, monkeypatch):
@@ -359,7 +371,7 @@ def test_settings_refuse(changes, says):
 def test_settings_come_from_quick_file_and_options_in_this_order(tmp_path):
     (tmp_path / "s.json").write_text(json.dumps(dict(data="x", steps=30, images=9, eps=[2])))
     found = suites.Settings.from_file(tmp_path / "s.json", quick=True, images=5)
-    assert (found.steps, found.images, found.eot, found.eps) == (30, 5, 10, (2,))
+    assert (found.steps, found.images, found.eot, found.eps) == (30, 5, 2, (2,))
     with pytest.raises(ConfigError, match="Unknown settings"):
         suites.Settings.from_file(None, imges=3)
 
@@ -391,7 +403,7 @@ def test_a_weaker_attack_that_does_better_is_flagged():
     def left(level, accuracy, **parameters):
         hits = torch.zeros(20)
         hits[: int(20 * accuracy)] = 1
-        return checks.Left(suites.Job(level, "eot-pgd", 4, "fresh", 20, parameters), hits, 1 - hits)
+        return checks.Left(suites.Job(level, "eot-pgd", 4, "fresh", 20, parameters), {"mean": hits}, 1 - hits)
 
     profile = suites.Profile(randomised=True, differentiable=True)
     found = {c["check"]: c for c in checks.compare([left("T4", 0.8), left("T5", 0.2)], profile)}
@@ -407,6 +419,12 @@ def test_frozen_and_random_pictures_of_resize_pad_come_from_seed_and_stream_alon
     assert torch.equal(whole[1:2], defence.purify(images[1:2], seed=5, streams=[8]))
     assert not torch.equal(whole, defence.purify(images, seed=6, streams=[7, 8, 9]))
     assert whole.shape == images.shape
+
+
+def test_a_pipeline_is_where_its_target_is():
+    target = targets.load_target(f"{__name__}:toy").to("meta")
+    pipeline = defences.Defence("a", small_model()).pipeline(target, "random", 0)
+    assert {tensor.device.type for tensor in (*pipeline.buffers(), *pipeline.parameters())} == {"meta"}
 
 
 def test_baselines_are_in_range_and_unknown_ones_are_named():
@@ -547,6 +565,20 @@ def test_shards_bring_their_own_attack(shards, tmp_path):
     rows = run.evaluate(settings(shards, levels=("T0",)), tmp_path / "out")["rows"]
     given = next(row for row in rows if row["attack"] == "given")
     assert given["eps"] == given["farthest"] == 8 and given["clean"]["all"]["mean"]["value"] == 100
+    # Other attacks on the same pictures, evaluated into the same folder, are not taken for these.
+    for path in shards_of(shards):
+        samples = dict(read_shard(path))
+        with tarfile.open(path, "w") as archive:
+            for key, parts in samples.items():
+                clean, adversarial = decode(parts["clean"]), decode(parts["adv"])
+                parts["adv"] = encode_png(clean + (adversarial - clean)[::-1])
+                for kind, content in parts.items():
+                    member = tarfile.TarInfo(f"{key}.{kind}")
+                    member.size = len(content)
+                    archive.addfile(member, io.BytesIO(content))
+    rows = run.evaluate(settings(shards, levels=("T0",)), tmp_path / "out")["rows"]
+    other = next(row for row in rows if row["attack"] == "given")
+    assert other["eps"] == 8 and other["mean_loss"] != given["mean_loss"]
 
 
 def test_shards_that_lack_a_part_and_other_places_are_named(shards, tmp_path):
@@ -583,9 +615,10 @@ def test_the_command_writes_the_report_and_sums_it_up(data, weights, tmp_path, c
         cli.main([str(a) for a in arguments])
     text, errors = capsys.readouterr()
     assert (ended.value.code or 0, errors) == (0, "")
-    assert "Suite ladder on" in text and f"wrote {tmp_path / 'out' / 'report.html'}" in text
+    assert "Suite ladder on" in text and "Widest interval of each level, in points: T0 " in text
+    assert "| none | 3 |" in text and f"wrote {tmp_path / 'out' / 'report.html'}" in text
     stored = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert (stored["settings"]["images"], stored["settings"]["steps"], stored["settings"]["eot"]) == (6, 2, 10)
+    assert (stored["settings"]["images"], stored["settings"]["steps"], stored["settings"]["eot"]) == (6, 2, 2)
     assert {row["eps"] for row in stored["rows"]} == {1.5, 3}
     with pytest.raises(SystemExit) as ended:
         cli.main(["evaluate", "--output", str(tmp_path / "none")])
@@ -593,17 +626,93 @@ def test_the_command_writes_the_report_and_sums_it_up(data, weights, tmp_path, c
     assert "error: data='': name a folder, a shard or a packed npz." in capsys.readouterr().err
 
 
-@pytest.mark.slow
-def test_lite0_ladder_on_photographs(tmp_path):
-    """The packaged classifier and the shipped purifier, on views of scikit-image's photographs."""
+def test_the_quick_protocol_asks_for_a_bounded_number_of_gradients():
+    """What makes it end in minutes on two cores: pictures through a random purifier, forward and back."""
+    quick = suites.Settings(data="x", **suites.QUICK)
+    total = 0
+    for job in suites.jobs(quick, suites.Profile(randomised=True, differentiable=True), defended=True):
+        p = job.parameters
+        if job.knows in ("frozen", "fresh") and job.attack != "square":
+            runs = 2 if job.attack in ("eot-pgd", "autoattack") and "starts" not in p else 1
+            total += job.images * p["steps"] * p.get("eot", 1) * runs
+    assert total <= 5000
+    assert {job.level for job in suites.jobs(quick, suites.Profile(True, True), True)} == set(suites.LEVELS) - {"T1"}
+
+
+@pytest.fixture(scope="module")
+def views(tmp_path_factory):
+    """Views of scikit-image's photographs, packed, with the packaged classifier's labels."""
     demo = pytest.importorskip("impure_fast.demo")
     from impure_fast.classifiers import LITE0_MEAN, LITE0_STD, Normalised, efficientnet_lite0
     from impure_fast.purify import to_bytes
 
-    views = demo.photograph_views(Normalised(efficientnet_lite0(), LITE0_MEAN, LITE0_STD).eval(), 1)
-    jpegs = [encode_jpeg(image, 95) for image in to_bytes(views.images)]
-    write_packed(tmp_path / "views.npz", jpegs, [right[0] for right in views.right], views.names)
-    options = dict(data=str(tmp_path / "views.npz"), baselines=("none",), images=1, draws=2, steps=1)
+    found = demo.photograph_views(Normalised(efficientnet_lite0(), LITE0_MEAN, LITE0_STD).eval(), 4)
+    jpegs = [encode_jpeg(image, 95) for image in to_bytes(found.images)]
+    path = tmp_path_factory.mktemp("views") / "views.npz"
+    write_packed(path, jpegs, [right[0] for right in found.right], found.names)
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("level", "names"), [("T2", ("jpeg75", "bits4", "median3")), ("T4", ("resize-pad",))])
+def test_baselines_fall_on_photographs(views, tmp_path, level, names):
+    options = dict(levels=("T0", level), baselines=("none", *names), purifiers=(), images=4, steps=10, eot=4, draws=5)
+    rows = run.evaluate(suites.Settings(data=str(views), eps=(8,), analysis=False, **options), tmp_path)["rows"]
+    assert rows_of({"rows": rows}, "none", "T0")[-1]["adversarial"]["right"]["mean"]["value"] <= 1
+    for name in names:
+        strongest = rows_of({"rows": rows}, name, level)[-1]
+        assert strongest["clean"]["right"]["mean"]["value"] > 50
+        assert strongest["adversarial"]["right"]["mean"]["value"] < 10
+
+
+@pytest.fixture
+def start(data, weights, tmp_path):
+    """start(folder, **environment) -> a process that evaluates into it and prints how many rows it reports."""
+    script, root = tmp_path / "go.py", Path(__file__).parent.parent
+    cut = dict(images=4, sanity_images=2, steps=2, eot=2, draws=2, analysis=True, levels=("T0", "T3", "T4"))
+    chosen = dataclasses.asdict(settings(data, purifiers=(str(weights),), **cut))
+    script.write_text(
+        "import sys, time\ntime.perf_counter = lambda: 0.0\n"
+        "import impure_fast.evaluation.run as run\nfrom impure_fast.evaluation.suites import Settings\n"
+        f"found = run.evaluate(Settings(**{chosen!r}), sys.argv[1])\nprint(len(found.get('rows', [])))\n"
+    )
+
+    def call(folder, **environment):
+        environment = os.environ | dict(PYTHONPATH=str(root), OMP_NUM_THREADS="1") | environment
+        command = [sys.executable, str(script), str(tmp_path / folder)]
+        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+
+    return call
+
+
+@pytest.mark.slow
+def test_two_processes_and_a_killed_one_make_the_report_of_one(start, tmp_path):
+    """Two as ``accelerate launch`` or torchrun start them, over gloo; one ended by SIGKILL and started again."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    shared = dict(WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=port)
+    workers = [start("two", **shared, RANK=str(rank)) for rank in range(2)]
+    said = [worker.communicate(timeout=600)[0].strip() for worker in workers]
+    assert int(said[0]) > 10 and said[1] == "0"
+    victim = start("killed")
+    while len(list((tmp_path / "killed").glob("scores/[!.]*"))) < 5:
+        assert victim.poll() is None
+        time.sleep(0.01)
+    victim.kill()
+    victim.wait()
+    assert not (tmp_path / "killed" / "results.json").exists()
+    for folder in ("killed", "one"):
+        assert start(folder).wait(timeout=600) == 0
+    for name in ("results.json", "report.md", "report.html"):
+        whole = (tmp_path / "one" / name).read_bytes()
+        assert whole == (tmp_path / "two" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes(), name
+
+
+@pytest.mark.slow
+def test_lite0_ladder_on_photographs(views, tmp_path):
+    """The packaged classifier and the shipped purifier."""
+    options = dict(data=str(views), baselines=("none",), images=1, draws=2, steps=1)
     chosen = suites.Settings(**options, levels=("T0", "T3"), analysis=False, eps=(8,))
     rows = run.evaluate(chosen, tmp_path / "out")["rows"]
     assert rows_of({"rows": rows}, "none", "T0")[-1]["adversarial"]["all"]["mean"]["value"] == 0

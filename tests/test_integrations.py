@@ -1,5 +1,8 @@
 """Adapters against the real libraries, and the traps that such adapters fall into."""
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -115,6 +118,12 @@ def test_autoattack_s_own_checks_find_no_fault_with_the_deterministic_pipeline(c
     assert not caplog.records
     checks.check_randomized(PurifiedClassifier(classifier, purifier, mean=MEAN, std=STD), IMAGES, y, bs=4, logger=log)
     assert "randomized" in caplog.text
+
+
+def test_adapters_survive_a_copy_and_a_pickle(classifier, purifier):
+    model = Attackable(robustbench_model(classifier, purifier, mean=MEAN, std=STD))
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other(IMAGES), model(IMAGES)) and not other.training
 
 
 def test_foolbox_sees_the_same_logits_without_a_normalisation_of_its_own(pipeline, classifier, purifier):

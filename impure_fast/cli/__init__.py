@@ -18,7 +18,7 @@ def make_app() -> typer.Typer:
     """The typer application."""
     import typer
 
-    from . import evaluate, files, purify, show, train
+    from . import attack, evaluate, files, purify, show, train
     from .common import plain_ending
 
     app = typer.Typer(
@@ -31,7 +31,7 @@ def make_app() -> typer.Typer:
     for command in (
         *(purify.purify, show.demo, show.info, show.models),
         *(files.data, files.convert, files.export),
-        *(train.train, train.finetune, evaluate.evaluate),
+        *(attack.attack, train.train, train.finetune, evaluate.evaluate),
     ):
         app.command()(plain_ending()(command))
     return app

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,6 +30,11 @@ def plain_ending() -> Iterator[None]:
     except (Error, OSError) as error:  # OSError: a full disk, a missing permission
         say(f"error: {error}", "red")
         raise typer.Exit(1) from None
+
+
+def own_modules() -> None:
+    """Let module:factory name a module of the current folder, as with python -m."""
+    sys.path.insert(0, os.getcwd())
 
 
 def check_device(device: str) -> None:

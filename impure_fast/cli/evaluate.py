@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from .common import check_device, progress_bar
+from .common import check_device, own_modules, progress_bar
 
 
 class Suite(str, Enum):
@@ -46,7 +44,7 @@ def evaluate(
     batch: Annotated[int | None, typer.Option(min=1, help="Pictures at once; bounds memory.")] = None,
     seed: Annotated[int | None, typer.Option(min=0)] = None,
     device: Annotated[str | None, typer.Option(help="As torch names it.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="PGD-50, EOT-10, 64 pictures, for a first look.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="64 pictures, PGD-10, EOT-2: a first look.")] = False,
 ) -> None:
     """Attack classifier and purifier together, with baselines and sanity checks, and report.
 
@@ -56,7 +54,7 @@ def evaluate(
     """
     from ..evaluation import report, run, suites
 
-    sys.path.insert(0, os.getcwd())  # an own classifier may lie here, as with python -m
+    own_modules()
     given: dict[str, Any] = dict(
         data=data, suite=suite and suite.value, classifier=classifier, classifier_weights=classifier_weights
     )
@@ -73,6 +71,8 @@ def evaluate(
             progress.update(tasks[what], completed=done, visible=done < total)
 
         results = run.evaluate(settings, output, progress=show)
-    for sentence in report.summary(results):
+    if not results:  # the first of several processes reports
+        return
+    for sentence in (*report.summary(results), report.table(*report.overview(results))):
         typer.echo(sentence)
     typer.echo(f"wrote {output / 'report.html'}, report.md and results.json")

@@ -5,7 +5,7 @@ Before the attacks ``probe`` looks at the pipeline itself; afterwards ``compare`
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -36,54 +36,48 @@ def probe(
 ) -> tuple[Profile, list[dict[str, Any]]]:
     """What kind of defence this is, found by calling it.  images: [n, 3, S, S] in [0, 1]."""
     x, y = images[:PROBED], labels[:PROBED]
+
+    def spread(mode: str, seeds: tuple[int, ...]) -> float:
+        """Largest distance of the normalised logits from those of the first seed."""
+        with torch.no_grad():
+            first, *others = (F.normalize(defence.pipeline(target, mode, s)(x), dim=1) for s in seeds)
+        return max(float((other - first).norm(dim=1).max()) for other in others)
+
+    drift = spread("deterministic", (seed, seed, seed))
+    says = f"normalised logits of equal calls differ by {drift:.1e} (limit {SAME:.0e})"
+    found = [finding("deterministic mode repeats itself", drift <= SAME, says)]
+    pipeline = defence.pipeline(target, "deterministic", seed)
     with torch.no_grad():
-        frozen = [F.normalize(defence.pipeline(target, "deterministic", seed)(x), dim=1) for _ in range(3)]
-        fresh = [F.normalize(defence.pipeline(target, "random", seed + i)(x), dim=1) for i in range(3)]
-        logits = defence.pipeline(target, "deterministic", seed)(x)
-    drift = max(float((a - frozen[0]).norm(dim=1).max()) for a in frozen)
-    spread = max(float((a - fresh[0]).norm(dim=1).max()) for a in fresh)
-    found = [
-        finding(
-            "deterministic mode repeats itself",
-            drift <= SAME,
-            f"normalised logits of equal calls differ by {drift:.1e} (limit {SAME:.0e})",
-        )
-    ]
+        logits = pipeline(x)
     probable = bool(logits.min() >= 0 and ((logits.sum(dim=1) - 1).abs() < 1e-5).all())
     found.append(finding("the output is logits", not probable, "probabilities" if probable else "not probabilities"))
-    zero, wrong = _gradient(defence, target, x, y, seed, frozen=drift <= SAME)
-    found += [zero, wrong]
-    differentiable = zero["share"] < 1
-    if differentiable:
-        found.append(_along(defence, target, x, y, seed))
-    return Profile(randomised=spread > SAME, differentiable=differentiable), found
 
-
-def _gradient(
-    defence: Defence, target: Target, x: Tensor, y: Tensor, seed: int, frozen: bool
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Is there a gradient, and does it agree with central differences (draws frozen, nothing clamped)?"""
-    pipeline = defence.pipeline(target, "deterministic", seed)
     pipeline.clamp = False  # the straight-through clamp differs from the derivative on purpose
-    x = 0.05 + 0.9 * x  # room for the differences inside [0, 1]
-    _, gradient = expected_gradient(pipeline, x, y, loss="margin")
+    inner = 0.05 + 0.9 * x  # room for the differences inside [0, 1]
+    _, gradient = expected_gradient(pipeline, inner, y, loss="margin")
     length = gradient.flatten(1).norm(dim=1)
     share = float((length == 0).double().mean())
+    differentiable = share < 1
     says = f"{100 * share:.0f} % of the images have an exactly zero gradient"
-    zero = finding("there is a gradient", share == 0, says + (": not differentiable" if share == 1 else ""))
-    zero["share"] = share
+    found.append(finding("there is a gradient", share == 0, says + ("" if differentiable else ": not differentiable")))
+
     name = "the gradient is the right one"
-    if share == 1 or not frozen:
-        return zero, finding(name, None, "there is none" if share == 1 else "the deterministic mode is none")
-    direction = gradient / length.clamp_min(1e-30).view(-1, 1, 1, 1)
-    errors = []
-    with torch.no_grad():
-        for h in LENGTHS:
-            up, down = (margin(pipeline(x + sign * h * direction), y) for sign in (1, -1))
-            errors.append(((up - down) / (2 * h) - length).abs() / length.clamp_min(1e-30))
-    error = float(torch.stack(errors).amin(dim=0)[length > 0].median())
-    says = f"relative error against central differences {error:.1e} (limit {GRADIENT_ERROR:.0e})"
-    return zero, finding(name, error <= GRADIENT_ERROR, says)
+    if differentiable and drift <= SAME:
+        unit = length.clamp_min(1e-30)
+        direction = gradient / unit.view(-1, 1, 1, 1)
+        errors = []
+        with torch.no_grad():
+            for h in LENGTHS:
+                up, down = (margin(pipeline(inner + sign * h * direction), y) for sign in (1, -1))
+                errors.append(((up - down) / (2 * h) - length).abs() / unit)
+        error = float(torch.stack(errors).amin(dim=0)[length > 0].median())
+        says = f"relative error against central differences {error:.1e} (limit {GRADIENT_ERROR:.0e})"
+        found.append(finding(name, error <= GRADIENT_ERROR, says))
+    else:
+        found.append(finding(name, None, "the deterministic mode is none" if differentiable else "there is none"))
+    if differentiable:
+        found.append(_along(defence, target, x, y, seed))
+    return Profile(spread("random", (seed, seed + 1, seed + 2)) > SAME, differentiable), found
 
 
 def _along(defence: Defence, target: Target, x: Tensor, y: Tensor, seed: int, size: float = 1 / 255) -> dict[str, Any]:
@@ -100,20 +94,21 @@ def _along(defence: Defence, target: Target, x: Tensor, y: Tensor, seed: int, si
 
 @dataclass
 class Left:
-    """What one attack left of one defence: the rule ``mean`` [n] and the loss [n] of each image."""
+    """What one attack left of one defence: each rule's values [n], the loss [n], and the row that reports it."""
 
     job: Job
-    mean: Tensor
+    values: dict[str, Tensor]
     loss: Tensor
+    row: dict[str, Any] = field(default_factory=dict)
 
     @property
     def accuracy(self) -> float:
-        return 100 * float(self.mean.mean())
+        return 100 * float(self.values["mean"].mean())
 
     def less_than(self, other: Left) -> bool:
         """Whether this attack leaves less than the other, beyond chance, on the images of both."""
-        n = min(len(self.mean), len(other.mean))
-        return beats(self.mean[:n], other.mean[:n])
+        n = min(len(self.loss), len(other.loss))
+        return beats(self.values["mean"][:n], other.values["mean"][:n])
 
     def named(self) -> str:
         p = self.job.parameters
@@ -121,58 +116,56 @@ class Left:
         return f"{self.job.level} {self.job.attack}{extra} at {self.job.eps:g}/255 ({self.accuracy:.1f} %)"
 
 
-def compare(left: list[Left], profile: Profile) -> list[dict[str, Any]]:
-    """Checks over all that the attacks of one defence left."""
+def compare(left: list[Left], profile: Profile, bare: bool = False) -> list[dict[str, Any]]:
+    """Checks over all that the attacks of one defence left; bare: of none."""
     sanity = [a for a in left if a.job.level == "sanity"]
-    return [*_unbounded(sanity), *_sweeps(sanity), *_weaker(left, profile)]
-
-
-def _unbounded(sanity: list[Left]) -> list[dict[str, Any]]:
     found = []
-    for a in sanity:
-        if a.job.eps == UNBOUNDED:
-            says = f"{a.accuracy:.1f} % left without a bound (limit 0)"
-            if not (ok := float(a.mean.max()) == 0):
-                says += ": gradients are masked, the attack is too weak, or labels come at random"
-            found.append(finding("a ball without bound leaves nothing", ok, says))
+    for a in (a for a in sanity if a.job.eps == UNBOUNDED):
+        says = f"{a.accuracy:.1f} % left without a bound (limit 0)"
+        if not (ok := float(a.values["mean"].max()) == 0):
+            says += ": gradients are masked, the attack is too weak, or labels come at random"
+        found.append(finding("a ball without bound leaves nothing", ok, says))
+    found += [*_sweeps([a for a in sanity if a.job.eps != UNBOUNDED]), *_weaker(left, sanity, profile)]
+    if bare:
+        name = "the attack breaks the bare classifier"
+        oblivious = [a for a in left if a.job.level == "T0" and a.job.attack == "pgd"]
+        if oblivious:
+            last = max(oblivious, key=lambda a: a.job.eps)
+            found.append(finding(name, last.accuracy <= 1, f"{last.named()} (limit 1 %)"))
+        else:
+            found.append(finding(name, None, "T0 was left out"))
     return found
 
 
-def _sweeps(sanity: list[Left]) -> list[dict[str, Any]]:
+def _sweeps(bounded: list[Left]) -> list[dict[str, Any]]:
     """More eps, steps or EOT must never help the defence; where the last step still hurts it, more are wanted."""
     found = []
-    bounded = [a for a in sanity if a.job.eps != UNBOUNDED]
-    for what, title in (("eps", "more eps"), ("steps", "more steps"), ("eot", "more EOT")):
-
-        def value(a: Left, what: str = what) -> float:
-            return a.job.eps if what == "eps" else a.job.parameters[what]
-
-        def rest(a: Left, what: str = what) -> tuple[Any, ...]:
-            fixed = {k: v for k, v in a.job.parameters.items() if k != what and k != "step_size"}
-            return (None if what == "eps" else a.job.eps, *sorted((k, str(v)) for k, v in fixed.items()))
-
-        groups: dict[tuple[Any, ...], list[Left]] = {}
+    for what in ("eps", "steps", "eot"):
+        groups: dict[tuple[Any, ...], list[tuple[float, Left]]] = {}  # by all else
         for a in bounded:
+            setting = {"eps": a.job.eps, "steps": a.job.parameters["steps"], "eot": a.job.parameters["eot"]}
+            value = setting.pop(what)
             if a.job.parameters["steps"] > 1:
-                groups.setdefault(rest(a), []).append(a)
-        line = max(groups.values(), key=len, default=[])
-        line.sort(key=value)
-        if len({value(a) for a in line}) < 2:
+                groups.setdefault(tuple(setting.values()), []).append((value, a))
+        longest: list[tuple[float, Left]] = max(groups.values(), key=len, default=[])
+        line = sorted(longest, key=lambda pair: pair[0])
+        if len(line) < 2:
             continue
-        pairs = list(zip(line, line[1:], strict=False))
-        risen = [f"{b.named()} leaves more than {a.named()}" for a, b in pairs if a.less_than(b)]
-        says = "; ".join(risen) or ", ".join(f"{value(a):g}: {a.accuracy:.1f} %" for a in line)
+        steps = [(a, b) for (_, a), (_, b) in zip(line, line[1:], strict=False)]
+        risen = [f"{b.named()} leaves more than {a.named()}" for a, b in steps if a.less_than(b)]
+        says = "; ".join(risen) or ", ".join(f"{value:g}: {a.accuracy:.1f} %" for value, a in line)
+        title = "more EOT" if what == "eot" else f"more {what}"
         found.append(finding(f"{title} never helps the defence", not risen, says))
         if what == "eps":
-            losses = [float(a.loss.mean()) for a in line]
+            losses = [float(a.loss.mean()) for _, a in line]
             rises = all(b > 0.95 * a for a, b in zip(losses, losses[1:], strict=False))
             found.append(finding("the loss rises with eps", rises, ", ".join(f"{v:.2f}" for v in losses)))
-        elif line[-1].less_than(line[-2]):
+        elif steps[-1][1].less_than(steps[-1][0]):
             found.append(finding(f"{title} is not needed", False, f"still falling: {says}", warning=True))
     return found
 
 
-def _weaker(left: list[Left], profile: Profile) -> list[dict[str, Any]]:
+def _weaker(left: list[Left], sanity: list[Left], profile: Profile) -> list[dict[str, Any]]:
     """Attacks that know less, or do less, must not leave less than the white box at the same eps."""
     level = "T2" if not profile.differentiable else "T4" if profile.randomised else "T3"
     found = []
@@ -183,10 +176,9 @@ def _weaker(left: list[Left], profile: Profile) -> list[dict[str, Any]]:
         better = [a.named() for a in weak if a.job.eps <= eps and a.less_than(best)]
         says = f"{', '.join(better) or 'none'} beats {best.named()}"
         found.append(finding(f"no weaker attack beats {level}", not better, says))
-    one = [a for a in left if a.job.level == "sanity" and a.job.parameters["steps"] == 1]
-    for a in one:
-        many = [b for b in left if b.job.level == "sanity" and b.job.eps == a.job.eps and b is not a]
-        better = [b.named() for b in many if b.job.parameters["steps"] >= 10 and a.less_than(b)]
-        says = f"one step leaves {a.accuracy:.1f} %" + (f" and beats {', '.join(better)}" if better else "")
+    for one in (a for a in sanity if a.job.parameters["steps"] == 1):
+        many = [b for b in sanity if b.job.eps == one.job.eps and b.job.parameters["steps"] >= 10]
+        better = [b.named() for b in many if one.less_than(b)]
+        says = f"one step leaves {one.accuracy:.1f} %" + (f" and beats {', '.join(better)}" if better else "")
         found.append(finding("one step does not beat many", not better, says))
     return found

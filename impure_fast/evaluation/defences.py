@@ -159,7 +159,8 @@ class Defence:
         purifier: nn.Module = Padded(self.purifier, target.pad) if target.pad and self.config else self.purifier
         model = nn.Sequential(_Function(target.pad_and_resize), target.model) if self.pad_resize else target.model
         unit: dict[str, Any] = dict(mean=(0, 0, 0), std=(1, 1, 1))
-        return PurifiedClassifier(model, purifier, mode=mode, seed=seed, **unit, **self.options).eval()
+        pipeline = PurifiedClassifier(model, purifier, mode=mode, seed=seed, **unit, **self.options)
+        return pipeline.to(target.device).eval()
 
     def changed(self, name: str, pad_resize: bool | None = None, **fields: Any) -> Defence:
         """This defence with other fields of the purifier's config (the weights are shared) or pad-and-resize."""

@@ -77,41 +77,69 @@ def summary(results: dict[str, Any]) -> list[str]:
         "over those with 95 % Wilson intervals, unless they say all images.",
         "mean: average over fresh draws; worst: right in every draw; majority: the true label outvotes all others.",
     ]
+    widths = []
+    for level in _levels(results):
+        figures = [
+            row["adversarial"]["right"] for row in results["rows"] if row["level"] == level and row["adversarial"]
+        ]
+        if figures:
+            width, n = max((f["mean"]["high"] - f["mean"]["low"], f["n"]) for f in figures)
+            widths.append(f"{level} {width:.1f} (n {n})")
+    out.append(f"Widest interval of each level, in points: {', '.join(widths)}.")
     if failed:
         blamed = ", ".join(dict.fromkeys(c["defence"] for c in failed))
         out.append(f"Sanity checks that failed: {len(failed)} ({blamed}). Do not quote their figures as robustness.")
     return out
 
 
-def _md_table(head: Sequence[str], body: Sequence[Sequence[Any]]) -> str:
+def _levels(results: dict[str, Any]) -> list[str]:
+    return sorted({row["level"] for row in results["rows"]}, key=list(READS).index)
+
+
+def overview(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """(head, rows): what the strongest attack of each level leaves of each defence at each eps."""
+    levels = [level for level in _levels(results) if level != "sanity"]
+    groups: dict[tuple[str, float], dict[str, list[Any]]] = {}
+    for row in results["rows"]:
+        if row["level"] != "sanity":
+            groups.setdefault((row["defence"], row["eps"]), {}).setdefault(row["level"], []).append(row)
+
+    def strongest(rows: list[Any]) -> str:
+        figures = [row["adversarial"]["right"]["mean"] for row in rows if row["adversarial"]]
+        return cell(min(figures, key=lambda figure: figure["value"])) if figures else rows[0]["verdict"] if rows else ""
+
+    body = []
+    for (defence, eps), found in groups.items():
+        clean = max((row for rows in found.values() for row in rows), key=lambda row: row["images"])["clean"]
+        left = [strongest(found.get(level, [])) for level in levels]
+        body.append([defence, f"{eps:g}", cell(clean["right"]["mean"]), *left])
+    return ["defence", "eps", "clean", *levels], body
+
+
+def table(head: Sequence[str], body: Sequence[Sequence[Any]]) -> str:
+    """In Markdown."""
     lines = [head, ["---"] * len(head), *body]
     return "\n".join("| " + " | ".join(str(v).replace("|", "/") for v in row) + " |" for row in lines)
 
 
 def sections(results: dict[str, Any]) -> list[tuple[str, str, Sequence[str], list[list[Any]]]]:
     """(title, sentence, head, rows) of every table."""
-    out: list[tuple[str, str, Sequence[str], list[list[Any]]]] = []
-    for level in sorted({row["level"] for row in results["rows"]}, key=list(READS).index):
+    says = "the strongest attack of each level, mean over the draws; a level without an attack on a defence is empty"
+    out: list[tuple[str, str, Sequence[str], list[list[Any]]]] = [("Overview", says, *overview(results))]
+    for level in _levels(results):
         body = [line(row) for row in results["rows"] if row["level"] == level]
         out.append((level, READS[level], HEAD, body))
-    checks = [[c["defence"], c["check"], c["status"], c["says"]] for c in results["checks"]]
-    out.append(
-        ("Checks", "what would make the figures above worthless", ("defence", "check", "status", "says"), checks)
-    )
-    analysis = results["analysis"]
-    if analysis:
+    fields = ("defence", "check", "status", "says")
+    says = "what would make the figures above worthless"
+    out.append(("Checks", says, fields, [[check[name] for name in fields] for check in results["checks"]]))
+    if analysis := results["analysis"]:
         notes = " ".join([f"{analysis['images']} pictures, oblivious PGD-20.", *analysis["notes"]])
         scales = [[name, *(f"{p['accuracy']:.1f}" for p in points)] for name, points in analysis["scale"].items()]
         steps = [f"x {p['scale']:g}" for p in next(iter(analysis["scale"].values()), [])]
         out.append(("Scale of the perturbation", f"accuracy by its scale; {notes}", ("defence", *steps), scales))
-        for title, says, part in (
-            (
-                "Place of the residue",
-                "one patch perturbed: squared residue in it, in similar ones, in the rest",
-                "place",
-            ),
-            ("Picture quality", "distance of purified pictures from the clean ones", "quality"),
-        ):
+        place = "one patch perturbed: squared residue in it, in similar ones, in the rest"
+        quality = "distance of purified pictures from the clean ones"
+        for title, says, part in (("Place of the residue", place, "place"), ("Picture quality", quality, "quality")):
             found = analysis[part]
             names = list(dict.fromkeys(key for values in found.values() for key in values))
             out.append((title, says, ("defence", *names), [[d, *(v.get(k) for k in names)] for d, v in found.items()]))
@@ -125,7 +153,7 @@ def markdown(results: dict[str, Any]) -> str:
     """report.md."""
     parts = ["# Evaluation", *summary(results)]
     for title, says, head, body in sections(results):
-        parts += [f"## {title}", says, _md_table(head, body)]
+        parts += [f"## {title}", says, table(head, body)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -140,14 +168,14 @@ img { max-width: 100% }
 </style>
 <h1>Evaluation</h1>
 {% for sentence in summary %}<p>{{ sentence }}</p>{% endfor %}
-{% for title, image in figures %}<h2>{{ title }}</h2>
-<img alt="{{ title }}" src="data:image/png;base64,{{ image }}">{% endfor %}
 {% for title, says, head, body in sections %}<h2>{{ title }}</h2><p>{{ says }}</p><div><table>
 <tr>{% for name in head %}<th>{{ name }}</th>{% endfor %}</tr>
 {% for row in body %}<tr>{% for value in row %}
 <td{% if value in ("failed", "warning") %} class="{{ value }}"{% endif %}>{{ "" if value is none else value }}</td>
 {%- endfor %}</tr>{% endfor %}
-</table></div>{% endfor %}
+</table></div>
+{% if loop.first %}{% for title, image in figures %}<h2>{{ title }}</h2>
+<img alt="{{ title }}" src="data:image/png;base64,{{ image }}">{% endfor %}{% endif %}{% endfor %}
 <h2>Settings</h2><pre>{{ settings }}</pre></html>
 """
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,23 +13,16 @@ RULES = ("mean", "worst", "majority")
 Z = 1.959963984540054  # of a 95 % interval
 
 
-@dataclass
-class Outcome:
-    """decisions: [N draws, n images] int64; loss: [n] cross-entropy, mean over the draws."""
-
-    decisions: Tensor
-    loss: Tensor
-
-
-def decide(pipeline: nn.Module, images: Tensor, labels: Tensor, draws: int, batch: int) -> Outcome:
-    """Classify each image ``draws`` times.  A random pipeline goes on drawing, so no draw serves twice."""
+def decide(pipeline: nn.Module, images: Tensor, labels: Tensor, draws: int, batch: int) -> tuple[Tensor, Tensor]:
+    """Classify each image ``draws`` times: decisions [N draws, n images] int64, and the cross-entropy [n], mean over
+    the draws.  A random pipeline goes on drawing, so no draw serves twice."""
     decisions, losses = [], []
     with torch.no_grad():
         for _ in range(draws):
             logits = torch.cat([pipeline(part) for part in images.split(batch)]).float()
             decisions.append(logits.argmax(dim=1))
             losses.append(F.cross_entropy(logits, labels, reduction="none"))
-    return Outcome(torch.stack(decisions).cpu(), torch.stack(losses).mean(dim=0).cpu())
+    return torch.stack(decisions).cpu(), torch.stack(losses).mean(dim=0).cpu()
 
 
 def per_image(decisions: Tensor, labels: Tensor) -> dict[str, Tensor]:

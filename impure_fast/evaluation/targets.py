@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import re
-import tarfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
@@ -30,7 +29,7 @@ from ..classifiers import (
     efficientnet_lite,
 )
 from ..errors import InputError, MissingExtraError, MissingFileError
-from ..images import PackedImages, find_images, read_image
+from ..images import Labelled, PackedImages, Pixels, decode, find_images, read_image, read_shard, shards_of
 from ..purify import to_float
 
 BICUBIC, BILINEAR = Image.Resampling.BICUBIC, Image.Resampling.BILINEAR
@@ -64,8 +63,15 @@ class Target:
     filter: Image.Resampling = BICUBIC
     pad: int = 0
     enlarge: int = 0
+    device: str = "cpu"
 
-    def prepare(self, rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    def to(self, device: str) -> Target:
+        """Move the model; ``Defence.pipeline`` follows."""
+        self.model.to(device)
+        self.device = device
+        return self
+
+    def prepare(self, rgb: Pixels) -> Pixels:
         """[H, W, 3] -> [S, S, 3]; a picture that already has this size stays as it is."""
         s = self.side
         if s is None or rgb.shape[:2] == (s, s):
@@ -213,10 +219,10 @@ def _load_weights(model: nn.Module, path: Path) -> None:
 class Pictures:
     """uint8 [n, S, S, 3] as the classifier takes them, labels [n], names; adversarial: the same, from shards."""
 
-    clean: NDArray[np.uint8]
+    clean: Pixels
     labels: Tensor
     names: list[str]
-    adversarial: NDArray[np.uint8] | None = None
+    adversarial: Pixels | None = None
 
     @property
     def images(self) -> Tensor:
@@ -224,13 +230,24 @@ class Pictures:
         return to_float(self.clean)
 
 
-# picture, label, name, adversarial picture
-_Found = list[tuple[NDArray[np.uint8], int, str, "NDArray[np.uint8] | None"]]
+def load_pictures(path: str | Path, prepare: Callable[[Pixels], Pixels], count: int) -> Pictures:
+    """The first ``count`` of ``labelled`` as a classifier takes them; prepare: ``Target.prepare``."""
+    found = labelled(path, count)
+    clean = [prepare(picture.rgb()) for picture in found]
+    adversarial = [picture.adversarial() for picture in found if picture.adversarial]
+    sizes = {picture.shape[:2] for picture in clean}
+    if len(sizes) > 1:
+        raise InputError(f"{path} holds pictures of several sizes, and this classifier does not say its own.")
+    if wrong := {picture.shape[:2] for picture in adversarial} - sizes:
+        raise InputError(f"{path}: adversarial pictures of {wrong.pop()} do not fit this classifier.")
+    labels = torch.tensor([picture.label for picture in found])
+    names = [picture.name for picture in found]
+    return Pictures(np.stack(clean), labels, names, np.stack(adversarial) if adversarial else None)
 
 
-def load_pictures(path: str | Path, prepare: Callable[[NDArray[np.uint8]], NDArray[np.uint8]], count: int) -> Pictures:
-    """The first ``count`` labelled pictures of a packed npz, of a tar shard or a folder of them (stem.adv.png,
-    stem.clean.jpg, stem.cls), or of a folder with a sub-folder for each class, in an order that is always the same.
+def labelled(path: str | Path, count: int) -> list[Labelled]:
+    """The first ``count`` labelled pictures of a packed npz, of a tar shard or a folder of them (KEY.adv.png,
+    KEY.clean.jpg, KEY.cls), or of a folder with a sub-folder for each class, in an order that is always the same.
 
     A class folder named by a number or an ImageNet synset (n01440764) has that class; others count in sorted order.
     A folder's pictures are shuffled with a fixed seed, so that a prefix is no single class.
@@ -240,49 +257,33 @@ def load_pictures(path: str | Path, prepare: Callable[[NDArray[np.uint8]], NDArr
     if path.suffix == ".npz":
         packed = PackedImages(path)
         which = [i for i in range(len(packed)) if packed.labels[i] >= 0][:count]
-        found: _Found = [(packed[i], int(packed.labels[i]), str(i), None) for i in which]
-    elif shards := ([path] if path.suffix == ".tar" else sorted(path.glob("*.tar"))):
-        found = _from_shards(shards, count)
+        found = [
+            Labelled(str(i), int(packed.labels[i]), partial(packed.__getitem__, i), partial(packed.jpeg, i))
+            for i in which
+        ]
+    elif shards := ([path] if path.suffix == ".tar" else shards_of(path)):
+        found = list(islice(_from_shards(shards), count))
     else:
         found = _from_folder(path, count)
     if not found:
         raise InputError(f"{path} holds no labelled pictures.")
-    rgb, labels, names, adversarial = zip(*found, strict=True)
-    clean = [prepare(picture) for picture in rgb]
-    if len({picture.shape for picture in clean}) > 1:
-        raise InputError(f"{path} holds pictures of several sizes, and this classifier does not say its own.")
-    both = None
-    if all(picture is not None for picture in adversarial):
-        both = np.stack(adversarial)
-        if both.shape != np.stack(clean).shape:
-            raise InputError(f"{path}: adversarial pictures of {both.shape[1:3]} do not fit this classifier.")
-    return Pictures(np.stack(clean), torch.tensor(labels), list(names), both)
-
-
-def _from_shards(shards: Sequence[Path], count: int) -> _Found:
-    found: _Found = []
-    for shard in shards:
-        if not shard.is_file():
-            raise MissingFileError(f"{shard} does not exist.")
-        samples: dict[str, dict[str, bytes]] = {}
-        with tarfile.open(shard) as archive:
-            for member in archive:
-                stem, _, kind = member.name.rpartition("/")[2].partition(".")
-                if file := archive.extractfile(member):
-                    samples.setdefault(stem, {})[kind] = file.read()
-        for stem, parts in samples.items():
-            if not {"adv.png", "clean.jpg", "cls"} <= parts.keys():
-                raise InputError(f"{shard}: {stem} has {sorted(parts)}; wanted adv.png, clean.jpg and cls.")
-            adversarial, clean = (
-                np.asarray(Image.open(io.BytesIO(parts[kind])).convert("RGB")) for kind in ("adv.png", "clean.jpg")
-            )
-            found.append((clean, int(parts["cls"]), stem, adversarial))
-            if len(found) == count:
-                return found
     return found
 
 
-def _from_folder(path: Path, count: int) -> _Found:
+def _from_shards(shards: Sequence[Path]) -> Iterator[Labelled]:
+    for shard in shards:
+        for key, parts in read_shard(shard):
+            if not {"adv", "clean", "cls"} <= parts.keys():
+                raise InputError(f"{shard}: {key} has {sorted(parts)}; wanted adv.png, clean.jpg and cls.")
+            clean, adversarial = parts["clean"], partial(decode, parts["adv"])
+            yield Labelled(key, int(parts["cls"]), partial(decode, clean), partial(bytes, clean), adversarial)
+
+
+def _rgb(path: Path) -> Pixels:
+    return read_image(path).rgb
+
+
+def _from_folder(path: Path, count: int) -> list[Labelled]:
     if not path.is_dir():
         raise MissingFileError(f"{path} is no packed npz, no shard and no folder.")
     files = [(file, rel) for file, rel in find_images([path], recursive=True) if len(rel.parts) > 1]
@@ -298,6 +299,5 @@ def _from_folder(path: Path, count: int) -> _Found:
         label = {synset: index for index in range(1000) if (synset := info.index_to_label_name(index)) in classes}
     else:
         label = {name: place for place, name in enumerate(classes)}
-    order = np.random.default_rng(0).permutation(len(files))[:count]
-    chosen = [files[i] for i in order]
-    return [(read_image(file).rgb, label[rel.parts[0]], rel.as_posix(), None) for file, rel in chosen]
+    chosen = [files[i] for i in np.random.default_rng(0).permutation(len(files))[:count]]
+    return [Labelled(rel.as_posix(), label[rel.parts[0]], partial(_rgb, file), file.read_bytes) for file, rel in chosen]

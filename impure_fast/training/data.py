@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import json
-import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor, nn
 
 from ..attacks import pgd
 from ..errors import InputError
-from ..images import PackedImages, find_images, random_view
+from ..images import PackedImages, decode, find_images, random_view, read_shard, shards_of
 from ..purify import to_bytes, to_float
 
 
@@ -107,30 +104,22 @@ def stored_pairs(
     return store
 
 
-def _files(source: Path) -> Iterator[tuple[str, IO[bytes] | Path, IO[bytes] | Path]]:
+def _files(source: Path) -> Iterator[tuple[str, bytes, bytes]]:
     """(key, clean, adversarial) of every pair of ``source``."""
-    for shard in sorted(source.glob("*.tar")):
-        found: dict[str, dict[str, BytesIO]] = {}
-        with tarfile.open(shard) as tar:
-            for member in tar:
-                key, _, suffixes = member.name.partition(".")
-                kind = suffixes.split(".")[0]
-                if kind in ("adv", "clean") and (file := tar.extractfile(member)) is not None:
-                    parts = found.setdefault(key, {})
-                    parts[kind] = BytesIO(file.read())
-                    if len(parts) == 2:
-                        yield f"{shard}/{key}", parts["clean"], parts["adv"]
-                        del found[key]
+    for shard in shards_of(source):
+        for key, parts in read_shard(shard):
+            if {"clean", "adv"} <= parts.keys():
+                yield f"{shard}/{key}", parts["clean"], parts["adv"]
     if (source / "clean").is_dir():
         attacked = {relative.with_suffix(""): path for path, relative in find_images([source / "adv"], recursive=True)}
         for path, relative in find_images([source / "clean"], recursive=True):
             if (other := attacked.get(relative.with_suffix(""))) is not None:
-                yield str(path), path, other
+                yield str(path), path.read_bytes(), other.read_bytes()
 
 
-def _decode(key: str, file: IO[bytes] | Path) -> NDArray[np.uint8]:
+def _decode(key: str, data: bytes) -> NDArray[np.uint8]:
     try:
-        return np.array(Image.open(file).convert("RGB"))
+        return decode(data)
     except OSError as error:
         raise InputError(f"{key} holds a picture that cannot be read: {error}.") from error
 
