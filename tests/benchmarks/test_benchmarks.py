@@ -441,8 +441,8 @@ def test_a_compared_side_answers_readings(tmp_path):
 
 def test_the_campaign_runs_its_cheap_parts_without_a_gpu(tmp_path):
     call = ["bash", str(ROOT / "benchmarks" / "gpu_campaign.sh"), "--out", str(tmp_path), "--device", "cpu"]
-    call += ["--parts", "versions,sanitizer,ncu,nonsense", "--python", sys.executable]
-    run = subprocess.run(call, capture_output=True, text=True, timeout=120)
+    call += ["--parts", "versions,sanitizer,ncu,nonsense", "--python", sys.executable, "--minutes", "60"]
+    run = subprocess.run(call, capture_output=True, text=True, timeout=600)
     status = dict(line.split("\t")[:2] for line in (tmp_path / "status.tsv").read_text().splitlines())
     assert run.returncode == 1, run.stderr
     assert status == {"versions": "done", "sanitizer": "skipped", "ncu": "skipped", "nonsense": "failed"}
@@ -473,7 +473,7 @@ def test_the_campaign_outlives_parts_that_crash_or_hang(tmp_path):
     left = subprocess.run(
         ["ps", "-o", "stat=", "-p", (tmp_path / "pid").read_text().strip()], capture_output=True, text=True
     )
-    assert left.stdout.strip() in ("", "Z")  # nor does it go on in the background
+    assert left.stdout.strip()[:1] in ("", "Z")  # nor does it go on in the background
 
 
 @pytest.mark.parametrize(
