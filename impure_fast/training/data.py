@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from ..attacks import pgd
 from ..errors import InputError
 from ..images import PackedImages, decode, find_images, random_view, read_shard, shards_of
 from ..purify import to_bytes, to_float
+
+NAMES = ("clean", "adversarial")
 
 
 @dataclass
@@ -38,25 +40,26 @@ def adversarial_pairs(
     eps: tuple[float, float] = (2 / 255, 14 / 255),
     batch: int = 10,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    device: str = "cpu",
 ) -> Pairs:
     """Make (or finish, or just open) ``count`` random views and their PGD images against ``classifier``.
 
-    classifier takes [0, 1]; its own decision on the clean view is the label, so no annotation is used.
+    classifier, on ``device``, takes [0, 1]; its own decision on the clean view is the label, so no annotation is used.
     Each batch draws its eps uniformly and is a function of seed and batch number, so a killed run goes on.
-    Results are rounded to 8 bits.  eps=(0, 0) attacks nothing, and both are the clean views.
+    Results are rounded to 8 bits.  eps=(0, 0) attacks nothing, and both are the clean views, stored once.
     """
     recipe = dict(count=count, side=side, seed=seed, eps=eps, batch=batch, images=len(images))
-    store, done = _open(Path(folder), recipe)
+    store, done = _open(Path(folder), recipe, NAMES if any(eps) else NAMES[:1])
     for start in range(done, count, batch):
         stop = min(start + batch, count)
         rng = np.random.default_rng([seed, start])
         order = np.random.default_rng([seed, 1 << 32, start // len(images)])
         which = order.permutation(len(images))
         views = np.stack([random_view(images[which[i % len(images)]], side, rng) for i in range(start, stop)])
-        store.clean[start:stop] = store.adversarial[start:stop] = views
-        size = float(rng.uniform(*eps))
-        if size:
-            x = to_float(views)
+        store.clean[start:stop] = views
+        if any(eps):
+            size = float(rng.uniform(*eps))
+            x = to_float(views).to(device)
             with torch.no_grad():
                 labels = classifier(x).argmax(dim=1)
             own_seed = seed * 1_000_003 + start
@@ -83,7 +86,7 @@ def stored_pairs(
     The same random window of ``side`` pixels is cut from both.  Raises InputError naming the pair that does not fit.
     """
     recipe = dict(count=count, side=side, seed=seed, source=str(source))
-    store, done = _open(Path(folder), recipe)
+    store, done = _open(Path(folder), recipe, NAMES)
     for i, (key, clean, adversarial) in enumerate(_files(Path(source)) if done < count else ()):
         if i < done:
             continue
@@ -124,11 +127,11 @@ def _decode(key: str, data: bytes) -> NDArray[np.uint8]:
         raise InputError(f"{key} holds a picture that cannot be read: {error}.") from error
 
 
-def _open(folder: Path, recipe: dict[str, Any]) -> tuple[Pairs, int]:
-    """The arrays in ``folder``, made if missing, and how many pairs they hold already."""
+def _open(folder: Path, recipe: dict[str, Any], names: Sequence[str]) -> tuple[Pairs, int]:
+    """The arrays in ``folder``, made if missing, and how many pairs they hold already; one array may be both."""
     folder.mkdir(parents=True, exist_ok=True)
     shape = (recipe["count"], recipe["side"], recipe["side"], 3)
-    for name in ("clean", "adversarial"):
+    for name in names:
         if not (path := folder / f"{name}.npy").exists():
             np.lib.format.open_memmap(path, "w+", np.uint8, shape).flush()
     done = 0
@@ -137,7 +140,8 @@ def _open(folder: Path, recipe: dict[str, Any]) -> tuple[Pairs, int]:
         if stored["recipe"] != json.loads(json.dumps(recipe)):
             raise InputError(f"{folder} holds pairs of another recipe ({stored['recipe']}); choose another folder.")
         done = stored["done"]
-    return Pairs(*(np.load(folder / f"{name}.npy", mmap_mode="r+") for name in ("clean", "adversarial"))), done
+    arrays = [np.load(folder / f"{name}.npy", mmap_mode="r+") for name in names]
+    return Pairs(arrays[0], arrays[-1]), done
 
 
 def _note(folder: Path, recipe: dict[str, Any], done: int) -> None:
@@ -145,13 +149,21 @@ def _note(folder: Path, recipe: dict[str, Any], done: int) -> None:
 
 
 def batches(
-    pairs: Pairs, *, batch: int, crop: int, seed: int, adversarial: float, noisy: float, start: int = 0
+    pairs: Pairs,
+    *,
+    batch: int,
+    crop: int,
+    seed: int,
+    adversarial: float,
+    noisy: float,
+    strength: tuple[float, float] = (0.4, 1.1),
+    start: int = 0,
 ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
     """Endless batches (places of the pairs, inputs, clean pictures), the latter float [batch, 3, crop, crop].
 
     Step ``start`` on is a function of the seed.
 
-    Of the inputs a share ``adversarial`` carries its perturbation, scaled by 0.4 to 1.1, a share ``noisy``
+    Of the inputs a share ``adversarial`` carries its perturbation, scaled by ``strength``, a share ``noisy``
     sign noise of 2 to 14/255, and the rest nothing.  Crops are random, the same for both.
     """
     step = start
@@ -167,7 +179,7 @@ def batches(
             clean = pairs.clean[i][window].astype(np.float32) / 255
             kind = rng.random()
             if kind < adversarial:
-                change = (pairs.adversarial[i][window].astype(np.float32) / 255 - clean) * rng.uniform(0.4, 1.1)
+                change = (pairs.adversarial[i][window].astype(np.float32) / 255 - clean) * rng.uniform(*strength)
             elif kind < adversarial + noisy:
                 change = rng.choice([-1, 1], clean.shape) * rng.uniform(2 / 255, 14 / 255)
             else:
