@@ -6,17 +6,21 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from ..attacks import pgd
 from ..errors import InputError
 from ..images import PackedImages, decode, find_images, random_view, read_shard, shards_of
 from ..purify import to_bytes, to_float
+
+if TYPE_CHECKING:
+    from .loop import TrainConfig
 
 NAMES = ("clean", "adversarial")
 
@@ -148,47 +152,41 @@ def _note(folder: Path, recipe: dict[str, Any], done: int) -> None:
     (folder / "pairs.json").write_text(json.dumps({"recipe": recipe, "done": done}))
 
 
-def batches(
-    pairs: Pairs,
-    *,
-    batch: int,
-    crop: int,
-    seed: int,
-    adversarial: float,
-    noisy: float,
-    strength: tuple[float, float] = (0.4, 1.1),
-    start: int = 0,
-) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-    """Endless batches (places of the pairs, inputs, clean pictures), the latter float [batch, 3, crop, crop].
+class Batches(Dataset[tuple[list[int], Tensor, Tensor]]):
+    """Step -> the places of all its pairs, and this process's share of its inputs and clean pictures.
 
-    Step ``start`` on is a function of the seed.
-
+    A function of (seed, step).  Inputs and clean pictures are float [batch / world, 3, crop, crop] in [0, 1].
     Of the inputs a share ``adversarial`` carries its perturbation, scaled by ``strength``, a share ``noisy``
     sign noise of 2 to 14/255, and the rest nothing.  Crops are random, the same for both.
     """
-    step = start
-    n, side = pairs.clean.shape[:2]
-    while True:
-        rng = np.random.default_rng([seed, step])
-        epoch, place = divmod(step * batch, n - n % batch)
-        which = np.random.default_rng([seed, 1 << 32, epoch]).permutation(n)[place : place + batch]
+
+    def __init__(self, pairs: Pairs, config: TrainConfig, rank: int = 0, world: int = 1) -> None:
+        self.pairs, self.config, self.rank, self.world = pairs, config, rank, world
+
+    def __getitem__(self, step: int) -> tuple[list[int], Tensor, Tensor]:
+        config, pairs = self.config.at(step), self.pairs
+        n, side = pairs.clean.shape[:2]
+        rng = np.random.default_rng([config.seed, step])
+        epoch, place = divmod(step * config.batch, n - n % config.batch)
+        which = np.random.default_rng([config.seed, 1 << 32, epoch]).permutation(n)[place : place + config.batch]
         inputs, cleans = [], []
-        for i in which:
-            top, left = rng.integers(side - crop + 1, size=2)
-            window = np.s_[top : top + crop, left : left + crop]
-            clean = pairs.clean[i][window].astype(np.float32) / 255
-            kind = rng.random()
-            if kind < adversarial:
-                change = (pairs.adversarial[i][window].astype(np.float32) / 255 - clean) * rng.uniform(*strength)
-            elif kind < adversarial + noisy:
-                change = rng.choice([-1, 1], clean.shape) * rng.uniform(2 / 255, 14 / 255)
-            else:
-                change = 0
+        for place, i in enumerate(which):
+            top, left = rng.integers(side - config.crop + 1, size=2)
+            window = np.s_[top : top + config.crop, left : left + config.crop]
+            kind, change = rng.random(), np.zeros(())
+            if kind < config.adversarial:
+                factor = rng.uniform(*config.strength)
+            elif kind < config.adversarial + config.noisy:
+                change = rng.choice([-1, 1], (config.crop, config.crop, 3)) * rng.uniform(2 / 255, 14 / 255)
             mirror = slice(None, None, -1 if rng.random() < 0.5 else 1)
+            if place * self.world // config.batch != self.rank:
+                continue  # its draws alone were wanted
+            clean = pairs.clean[i][window].astype(np.float32) / 255
+            if kind < config.adversarial:
+                change = (pairs.adversarial[i][window].astype(np.float32) / 255 - clean) * factor
             cleans.append(clean[:, mirror])
             inputs.append((clean + change).clip(0, 1)[:, mirror])
         x, y = (
             torch.from_numpy(np.stack(a).astype(np.float32)).permute(0, 3, 1, 2).contiguous() for a in (inputs, cleans)
         )
-        yield which.tolist(), x, y
-        step += 1
+        return which.tolist(), x, y

@@ -11,7 +11,7 @@ import json
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from importlib.resources import files
@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch.utils.data import DataLoader
 
-from ..attacks import pgd
 from ..checkpoints import load_state, read_safetensors, save_safetensors
 from ..classifiers import Normalised
 from ..config import PRESETS, IMPureConfig
@@ -35,8 +35,8 @@ from ..errors import CheckpointError, ConfigError, Error, MissingExtraError
 from ..images import write_atomically
 from ..memory import kept_by
 from ..model import IMPure
-from ..purify import PurifiedClassifier
-from .data import PackedImages, Pairs, adversarial_pairs, batches, stored_pairs
+from ..philox import ATTACK, uniform
+from .data import Batches, PackedImages, Pairs, adversarial_pairs, stored_pairs
 from .guide import Guide
 from .losses import TRUNKS, guided_loss, lpips_network, pixel_loss
 
@@ -50,7 +50,7 @@ FROZEN = {
 }
 
 OPTIMIZERS = ("adamw", "adamw8bit")
-MAY_CHANGE = ("memory", "tensorboard")  # in a run that goes on: they change no result
+MAY_CHANGE = ("memory", "tensorboard", "workers")  # in a run that goes on: they change no result
 RECIPES = Path(str(files("impure_fast"))) / "training" / "recipes"
 
 Progress = Callable[[str, int, int, dict[str, float]], None]
@@ -96,6 +96,7 @@ class TrainConfig:
         log b, b beginning at 1; the fixed weights then only say where it begins.
     memory: what is kept for backward: all, default, tight or minimal; changes no result, and may change in a run.
     tensorboard: write output/tensorboard/ beside log.jsonl; may change in a run.
+    workers: processes beside this one that prepare its batches; may change in a run.
     """
 
     model: str = "impure_tiny"
@@ -136,6 +137,7 @@ class TrainConfig:
     optimizer: str = "adamw"
     learned_weights: bool = False
     tensorboard: bool = False
+    workers: int = 0
 
     def __post_init__(self) -> None:
         network, tile = self.model_config, self.tile
@@ -151,6 +153,8 @@ class TrainConfig:
             raise ConfigError(f"ema={self.ema}: must be in [0, 1).")
         if odd := [n for n in self.batches if self.accumulate < 1 or n % self.accumulate]:
             raise ConfigError(f"accumulate={self.accumulate}: must divide batch={odd[0]}.")
+        if max(self.batches) > self.pairs:
+            raise ConfigError(f"pairs={self.pairs}: must be at least the batch, {max(self.batches)}.")
         if self.cycles < 1:
             raise ConfigError(f"cycles={self.cycles}: must be at least 1.")
         if self.optimizer not in OPTIMIZERS:
@@ -317,17 +321,18 @@ def from_tiles(tiles: Tensor, pictures: int, side: int) -> Tensor:
 
 
 def draw(
-    config: TrainConfig, network: IMPureConfig, n: int, step: int, first: int = 0, device: torch.device | str = "cpu"
+    config: TrainConfig, network: IMPureConfig, places: Sequence[int], step: int, device: torch.device | str = "cpu"
 ) -> tuple[Draws, list[MixDraws] | None]:
-    """The randomness of a batch of n pictures, or of the share of it that begins with picture ``first``."""
-    seed, count = config.seed << 32 | step, (config.crop // config.tile) ** 2
+    """The randomness of the pictures at these places of a batch."""
+    n, seed, count = len(places), config.seed << 32 | step, (config.crop // config.tile) ** 2
     shape = (n * count, 3, config.tile, config.tile)
-    streams = torch.arange(n * count) + first * count
+    own = torch.tensor(places)
+    streams = (own[:, None] * count + torch.arange(count)).flatten()
     draws = Draws.sample(network, shape, seed, streams, training=True, device=device)
     if not config.mix_chunks:
         return draws, None
     tokens = (config.crop // network.patch_size) ** 2
-    return draws, [MixDraws.sample(tokens, n, seed, torch.arange(n) + first, config.mix_chunks, device=device)]
+    return draws, [MixDraws.sample(tokens, n, seed, own, config.mix_chunks, device=device)]
 
 
 def step_losses(
@@ -353,15 +358,30 @@ def step_losses(
     return terms
 
 
-def attack(objective: Objective, config: TrainConfig, images: Tensor, clean: Tensor, seed: int) -> Tensor:
-    """PGD on pictures through purifier and classifier, away from the classifier's decision on the clean ones."""
+def attack(
+    objective: Objective, config: TrainConfig, images: Tensor, clean: Tensor, step: int, places: Sequence[int]
+) -> Tensor:
+    """PGD on pictures through purifier and classifier, away from the classifier's decision on the clean ones.
+
+    SPEC section 6, ``adv_train``: a start anywhere in the ball, fresh draws at every gradient.  Own code, because what
+    happens to a picture must not depend on those beside it.
+    """
     classifier = objective.networks.attacked
     assert classifier is not None
     with torch.no_grad():
         labels = classifier(clean).argmax(dim=1)
-    whole = PurifiedClassifier(classifier, objective, mean=(0.0,) * 3, std=(1.0,) * 3, seed=seed)
-    options: dict[str, Any] = dict(eps=config.attack_eps, steps=config.attack_steps, step_size=config.attack_step_size)
-    return pgd(whole.to(images.device), images, labels, **options, seed=seed)
+    eps, key = config.attack_eps, config.seed << 32 | step
+    streams = torch.tensor(places, device=images.device)
+    start = uniform(key, streams, ATTACK, images[0].numel()).view_as(images)
+    attacked = images + eps * (2 * start - 1)
+    for t in range(config.attack_steps):
+        attacked = attacked.detach().requires_grad_()
+        seed = key + (1 + t << 44)  # none of the step's own draws
+        purified = objective.purify(attacked, seed=seed, streams=streams, clamp=False, check=False)
+        (gradient,) = torch.autograd.grad(F.cross_entropy(classifier(purified), labels, reduction="sum"), attacked)
+        attacked = attacked.detach() + config.attack_step_size * gradient.sign()
+        attacked = torch.clamp(attacked, images - eps, images + eps).clamp(0, 1)
+    return attacked
 
 
 def gradients(
@@ -380,12 +400,12 @@ def gradients(
     size = len(batch[0]) // config.accumulate
     for part in range(config.accumulate):
         images, clean = (x[part * size : (part + 1) * size] for x in batch)
-        place, copies = first + part * size, 1
+        places = list(range(first + part * size, first + (part + 1) * size))
         if objective.networks.attacked is not None:
-            seed = (config.seed << 32 | step) + (1 + place << 44)  # none of the step's own draws
-            images = torch.cat((images, attack(objective, config, images, clean, seed)))
-            clean, copies = torch.cat((clean, clean)), 2
-        draws = draw(config, objective.model.config, copies * size, step, copies * place, images.device)
+            images = torch.cat((images, attack(objective, config, images, clean, step, places)))
+            clean = torch.cat((clean, clean))
+            places += [config.batch + place for place in places]
+        draws = draw(config, objective.model.config, places, step, images.device)
         last = part + 1 == config.accumulate
         # DDP averages once a step; FSDP each time, and holds shards of gradients alone.
         with contextlib.nullcontext() if last else getattr(wrapped, "no_sync", contextlib.nullcontext)():
@@ -441,18 +461,19 @@ def train(
     register_fsdp_forward_method(objective, "purify")  # which does nothing to other modules
     start, average = _restore(output / "checkpoint.pt", objective, optimizer)
     log = _Log(output, start, config.tensorboard) if rank == 0 else None
+    options: dict[str, Any] = dict(sampler=range(start, config.steps), batch_size=None, generator=torch.Generator())
+    options |= dict(num_workers=config.workers, multiprocessing_context="fork" if config.workers else None)
+    loader = DataLoader(Batches(pairs, config, rank, world), pin_memory=device.startswith("cuda"), **options)
     with _Stop() as stop:
+        loaded = iter(loader)  # here, so that Ctrl-C does not end its workers
         for step in range(start, config.steps):
             began, rate, now = time.perf_counter(), learning_rate(config, step), config.at(step)
             for group in optimizer.param_groups:
                 group["lr"] = torch.tensor(rate) if isinstance(group["lr"], Tensor) else rate
-            first = rank * (now.batch // world)
-            mine = slice(first, first + now.batch // world)
-            names = ("batch", "crop", "seed", "adversarial", "noisy", "strength")
-            keys, dirty, clean = next(batches(pairs, **{name: getattr(now, name) for name in names}, start=step))
+            keys, dirty, clean = next(loaded)
             optimizer.zero_grad()
-            batch = dirty[mine].to(device), clean[mine].to(device)
-            terms = gradients(objective, now, batch, step, first, wrapped)
+            batch = dirty.to(device, non_blocking=True), clean.to(device, non_blocking=True)
+            terms = gradients(objective, now, batch, step, rank * len(dirty), wrapped)
             terms["stopping"] = terms["loss"].new_tensor(float(stop.wanted))
             means = accelerator.reduce(torch.stack(list(terms.values())), "mean").tolist()
             figures = dict(zip(terms, means, strict=True))
@@ -595,7 +616,7 @@ class _Log:
             self._board = SummaryWriter(str(output / "tensorboard"), purge_step=start)
         lines = path.read_text().splitlines() if path.exists() else []
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] < start]
-        path.write_text("".join(line + "\n" for line in kept))
+        write_atomically(path, lambda temporary: Path(temporary).write_text("".join(line + "\n" for line in kept)))
         self._file = path.open("a")
 
     def write(self, step: int, figures: dict[str, float]) -> None:

@@ -156,7 +156,7 @@ def plan(networks: Networks, config: TrainConfig, processes: int = 1) -> Plan:
 def _activations(networks: Networks, config: TrainConfig, batch: int) -> dict[str, int]:
     model, judges = networks.model, networks.judges()
     device = next(model.parameters()).device
-    draws, mixing = draw(config, model.config, batch, 0, device=device)
+    draws, mixing = draw(config, model.config, range(batch), 0, device)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fake: Callable[[Tensor], Tensor] = mode.from_tensor
         images, clean = torch.empty(2, batch, 3, config.crop, config.crop, device=device)
