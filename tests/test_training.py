@@ -20,6 +20,8 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
@@ -619,6 +621,15 @@ def sharding(device, make=loop._accelerator):
     accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2, auto_wrap_policy="transformer_based_wrap"
     )
+    prepare = accelerator.prepare
+
+    def prepared(*parts):
+        model, optimizer = prepare(*parts)
+        assert all(isinstance(p, DTensor) for p in model.parameters())
+        assert sum(isinstance(m, FSDPModule) for m in model.modules()) == 1 + TOY.depth + TOY.decoder_depth
+        return model, optimizer
+
+    accelerator.prepare = prepared
     return accelerator
 
 
