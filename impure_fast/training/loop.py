@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader
 
 from ..checkpoints import load_state, read_safetensors, save_safetensors
 from ..classifiers import Normalised
-from ..config import PRESETS, IMPureConfig
+from ..config import PRESETS, IMPureConfig, check_types
 from ..draws import Draws, MixDraws
 from ..errors import CheckpointError, ConfigError, Error, MissingExtraError
 from ..images import write_atomically
@@ -140,6 +140,7 @@ class TrainConfig:
     workers: int = 0
 
     def __post_init__(self) -> None:
+        check_types(self)
         network, tile = self.model_config, self.tile
         if self.crop % tile or self.crop > self.view:
             raise ConfigError(f"crop={self.crop}: must be a multiple of the tile ({tile}) of at most view={self.view}.")
@@ -208,9 +209,6 @@ class TrainConfig:
         known = {field.name for field in fields(cls)}
         if unknown := sorted(set(values) - known):
             raise ConfigError(f"Unknown training fields {unknown}; known are {sorted(known)}.")
-        values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-        if "crops" in values:
-            values["crops"] = tuple(map(tuple, values["crops"]))
         return cls(**values)
 
     @property
@@ -283,9 +281,9 @@ class Objective(nn.Module):
             values = values * weights + self.log_scales
         return {"loss": values.sum(), **figures}
 
-    def purify(self, *images: Tensor, **options: Any) -> Tensor:
+    def purify(self, images: Tensor, **options: Any) -> Tensor:
         """``IMPure.purify``; FSDP gathers the weights for it as for the forward pass."""
-        return self.model.purify(*images, **options)
+        return self.model.purify(images, **options)
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -447,7 +445,7 @@ def train(
     classifier, guide: networks from images in [0, 1], as the config names them; no guide: the classifier.
     progress(phase, done, total, figures) is called with the phases "pairs" and "train".
     Writes output/: config.json, pairs/, checkpoint.pt, log.jsonl, model.safetensors, curves.png.
-    Raises Error where the loss is not finite or ``output`` holds a run of another config.
+    Raises Error where the loss or its gradient is not finite or ``output`` holds a run of another config.
     """
     output = Path(output)
     accelerator = _accelerator(device)
@@ -455,6 +453,8 @@ def train(
     device = device if world == 1 else str(accelerator.device)
     if odd := [n for n in config.batches if n % (world * config.accumulate)]:
         raise ConfigError(f"batch={odd[0]}: must be a multiple of {world} processes x accumulate={config.accumulate}.")
+    if accelerator.is_fsdp2 and config.optimizer == "adamw8bit":
+        raise ConfigError("optimizer='adamw8bit': FSDP shards moments already; use adamw with it, or DDP.")
     pairs = _prepare(config, data, output, classifier, progress, accelerator, device)
     objective = Objective(Networks.make(config, classifier, device, guide), config)
     wrapped, optimizer = accelerator.prepare(objective, make_optimizer(objective, config))
@@ -478,10 +478,10 @@ def train(
             means = accelerator.reduce(torch.stack(list(terms.values())), "mean").tolist()
             figures = dict(zip(terms, means, strict=True))
             stopping = figures.pop("stopping") > 0
-            if not math.isfinite(figures["loss"]):
-                raise Error(f"The loss is {figures['loss']} at step {step}, pairs {keys}: {figures}.")
             norm = accelerator.clip_grad_norm_(objective.parameters(), config.clip or math.inf)
             figures["grad_norm"] = _whole(norm).item()
+            if bad := [name for name in ("loss", "grad_norm") if not math.isfinite(figures[name])]:
+                raise Error(f"The {bad[0]} is {figures[bad[0]]} at step {step}, pairs {keys}: {figures}.")
             optimizer.step()
             if config.ema:
                 weights = {name: p.detach() for name, p in objective.model.named_parameters()}
@@ -508,7 +508,9 @@ def _accelerator(device: str) -> Accelerator:
     handlers = [
         # Unused parameters (mask_token) keep DDP from making its buckets anew after the first step: a run that goes
         # on adds up in the same order as one that was never cut.
-        DistributedDataParallelKwargs(find_unused_parameters=True, gradient_as_bucket_view=True),
+        DistributedDataParallelKwargs(
+            find_unused_parameters=True, gradient_as_bucket_view=True, broadcast_buffers=False
+        ),
         InitProcessGroupKwargs(timeout=timedelta(days=1)),  # the others wait while the first makes the pairs
     ]
     # The run's config alone says how the loss is computed, whatever the launcher's settings.
