@@ -259,6 +259,7 @@ class Objective(nn.Module):
     """
 
     _no_split_modules = ("Block",)  # accelerate shards these one by one
+    log_scales: nn.Parameter | None
 
     def __init__(self, networks: Networks, config: TrainConfig) -> None:
         super().__init__()
