@@ -13,6 +13,7 @@ import sys
 import tarfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.error import URLError
 
 import numpy as np
@@ -29,7 +30,7 @@ from impure_fast import Error, IMPure, IMPureConfig, PurifiedClassifier
 from impure_fast import config as config_module
 from impure_fast.classifiers import Normalised
 from impure_fast.draws import MixDraws
-from impure_fast.errors import CheckpointError, ConfigError, InputError, MissingFileError
+from impure_fast.errors import CheckpointError, ConfigError, InputError, MissingExtraError, MissingFileError
 from impure_fast.images import PackedImages
 from impure_fast.memory import POLICIES, kept_by
 from impure_fast.ops.patch_mix import mix_mask, patch_mix
@@ -227,6 +228,32 @@ def test_every_recipe_is_a_config_by_its_name(recipe, monkeypatch, tmp_path):
 def test_a_recipe_that_does_not_exist_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"nothing is no file .* and no recipe: impure_base_adversarial, "):
         TrainConfig.from_file("nothing")
+
+
+def test_what_accelerate_cannot_do_here_is_refused(settings, packed, classifier, tmp_path, monkeypatch):
+    from accelerate import Accelerator, DistributedType
+
+    config = dataclasses.replace(settings, optimizer="adamw8bit")
+    with monkeypatch.context() as patch:
+        sharded = SimpleNamespace(process_index=0, num_processes=1, is_fsdp2=True)
+        patch.setattr(loop, "_accelerator", lambda device: sharded)
+        with pytest.raises(ConfigError, match="FSDP shards moments already"):
+            train(config, packed, tmp_path / "run", classifier)
+    with monkeypatch.context() as patch:
+        patch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
+        with pytest.raises(
+            ConfigError, match="configured for FSDP: choose one process, DDP or FSDP with fsdp_version 2"
+        ):
+            train(settings, packed, tmp_path / "run", classifier)
+    for package, changes, message in (
+        ("accelerate", {}, "Training needs"),
+        ("torchao.optim", {"optimizer": "adamw8bit"}, "optimizer='adamw8bit' needs"),
+        ("torch.utils.tensorboard", {"tensorboard": True}, "tensorboard=True needs"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, package, None)
+            with pytest.raises(MissingExtraError, match=f'{message} the extra "train"'):
+                train(dataclasses.replace(settings, **changes), packed, tmp_path / package, classifier)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(settings, packed, classifier, tmp_path):
