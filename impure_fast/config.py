@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 from .errors import ConfigError
 
@@ -26,6 +26,35 @@ _OFFICIAL = {
 }
 # The authors' options that belong to their losses and scripts, not to the network.
 _OFFICIAL_IGNORED = {"mask_chunks", "norm_pix_loss", "autoweight_loss", "in_chans"}
+
+
+def check_types(config: Any) -> None:
+    """Make tuples of the lists that JSON gives, and raise ConfigError unless every field has its declared type.
+
+    config: a dataclass, frozen or not.  An int passes for a float.
+    """
+    kinds = get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        value = _as_tuple(getattr(config, field.name))
+        object.__setattr__(config, field.name, value)
+        if not _fits(value, kinds[field.name]):
+            raise ConfigError(f"{field.name}={value!r}: must be {field.type}.")
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(map(_as_tuple, value)) if isinstance(value, list | tuple) else value
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    inner = get_args(kind)
+    if get_origin(kind) is tuple:
+        if not isinstance(value, tuple):
+            return False
+        items = inner[:1] * len(value) if inner[-1] is ... else inner
+        return len(items) == len(value) and all(map(_fits, value, items))
+    if inner:  # a union
+        return any(_fits(value, one) for one in inner)
+    return isinstance(value, (int, float) if kind is float else kind) and isinstance(value, bool) == (kind is bool)
 
 
 @dataclass(frozen=True)
@@ -78,9 +107,7 @@ class IMPureConfig:
     tile_stride: int = 336
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):  # JSON gives lists
-            if isinstance(value := getattr(self, field.name), list):
-                object.__setattr__(self, field.name, tuple(value))
+        check_types(self)
         self._check()
 
     def _check(self) -> None:
@@ -88,15 +115,6 @@ class IMPureConfig:
             if not ok:
                 raise ConfigError(f"{field}={getattr(self, field)!r}: {wanted}.")
 
-        for field in dataclasses.fields(self):  # the annotations are strings: postponed evaluation
-            kind, value = str(field.type), getattr(self, field.name)
-            item, several = kind.removeprefix("tuple[").split(",")[0], kind.startswith("tuple[")
-            accepted: Any = {"int": int, "float": (int, float), "bool": bool, "str": str}[item]
-            right = all(
-                isinstance(v, accepted) and isinstance(v, bool) == (item == "bool")
-                for v in (value if several and isinstance(value, tuple) else (value,))
-            )
-            need(right and isinstance(value, tuple) == several, field.name, f"must be {kind}")
         for name in ("image_size", "patch_size", "embed_dim", "num_heads", "decoder_embed_dim", "decoder_num_heads"):
             need(getattr(self, name) > 0, name, "must be a positive integer")
         for name in ("depth", "decoder_depth"):
@@ -121,15 +139,14 @@ class IMPureConfig:
             need(0 <= getattr(self, name) < NUM_STEPS, name, f"must be an integer step in 0..{NUM_STEPS - 1}")
         for name in ("image_step_range", "feature_step_range"):
             pair = getattr(self, name)
-            ok = len(pair) == 2 and 0 <= pair[0] < pair[1] <= NUM_STEPS
+            ok = 0 <= pair[0] < pair[1] <= NUM_STEPS
             need(ok, name, f"must be a half-open range of steps inside 0..{NUM_STEPS}")
         need(
             self.random_order or self.num_chunks in FIXED_ORDER_CHUNKS,
             "num_chunks",
             f"a fixed order exists only for {FIXED_ORDER_CHUNKS}; use random_order=True",
         )
-        need(len(self.mean) == 3, "mean", "must hold three channels")
-        need(len(self.std) == 3 and min(self.std) > 0, "std", "must hold three positive channels")
+        need(min(self.std) > 0, "std", "must hold three positive channels")
         need(
             self.tile_size % self.patch_size == 0 and 0 < self.tile_size <= 2 * self.image_size,
             "tile_size",

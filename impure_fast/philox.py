@@ -19,7 +19,7 @@ _MASK32 = 0xFFFFFFFF
 _ROUNDS = 10
 
 # Last counter word: what a number is used for.
-POSITION, ORDER, IMAGE_STEP, IMAGE_NOISE, FEATURE_STEP, FEATURE_NOISE, MIX_ORDER, MIX_CHUNKS = range(8)
+POSITION, ORDER, IMAGE_STEP, IMAGE_NOISE, FEATURE_STEP, FEATURE_NOISE, MIX_ORDER, MIX_CHUNKS, ATTACK = range(9)
 
 
 Seed = int | Tensor  # a tensor, 0-d int64, where a captured or exported graph takes the seed as an input

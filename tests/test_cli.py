@@ -440,6 +440,17 @@ def test_finetune_learns_and_repeats_itself(tmp_path, run):
     assert run("finetune", *arguments, "--overwrite")[2] == "error: label 11: cifar_resnet8 knows 10 classes.\n"
 
 
+def test_train_takes_a_recipe_by_its_name(tmp_path, run, training):
+    from impure_fast.training.loop import TrainConfig
+
+    arguments = ["--data", tmp_path / "d.npz", "--output", tmp_path / "run", "--steps", 7, "--tensorboard"]
+    assert run("train", *arguments, "--config", "impure_tiny_2")[0] == 0
+    assert training[0][0] == TrainConfig.from_file("impure_tiny_2", steps=7, tensorboard=True)
+    assert training[0][0].lr == 0.001
+    code, _, errors = run("train", *arguments, "--config", "impure_tiny_9")
+    assert code == 1 and "impure_tiny_9 is no file" in errors and "impure_tiny_1, impure_tiny_2" in errors
+
+
 def test_train_plans_without_data_or_training(tmp_path, run, training, monkeypatch):
     from impure_fast.evaluation import targets
 

@@ -13,6 +13,7 @@ import sys
 import tarfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.error import URLError
 
 import numpy as np
@@ -20,34 +21,40 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 
-from impure_fast import Error, IMPure, IMPureConfig
+from impure_fast import Error, IMPure, IMPureConfig, PurifiedClassifier
 from impure_fast import config as config_module
 from impure_fast.classifiers import Normalised
 from impure_fast.draws import MixDraws
-from impure_fast.errors import CheckpointError, ConfigError, InputError, MissingFileError
+from impure_fast.errors import CheckpointError, ConfigError, InputError, MissingExtraError, MissingFileError
 from impure_fast.images import PackedImages
 from impure_fast.memory import POLICIES, kept_by
 from impure_fast.ops.patch_mix import mix_mask, patch_mix
 from impure_fast.training import loop
-from impure_fast.training.data import adversarial_pairs, batches, stored_pairs
+from impure_fast.training.data import Batches, adversarial_pairs, stored_pairs
 from impure_fast.training.guide import Guide
 from impure_fast.training.loop import (
     FROZEN,
+    RECIPES,
     Networks,
+    Objective,
     TrainConfig,
     attack,
     draw,
     from_tiles,
     gradients,
     learning_rate,
-    parameter_groups,
+    make_optimizer,
     step_losses,
     to_tiles,
     train,
 )
 from impure_fast.training.losses import lpips_network
-from impure_fast.training.plan import blocks_of, count_kept, plan
+from impure_fast.training.plan import blocks_of, count_kept, plan, size_of
 
 TOY = IMPureConfig(
     image_size=8,
@@ -147,6 +154,108 @@ def test_a_damaged_checkpoint_is_named(settings, packed, classifier, tmp_path):
         train(dataclasses.replace(settings, steps=1), packed, tmp_path / "run", classifier)
 
 
+def test_learned_weights_are_scales_of_laplace_noise(settings, classifier):
+    config = dataclasses.replace(settings, learned_weights=True)
+    objective = Objective(Networks.make(config, classifier), config)
+    images, clean = torch.rand(2, 2, 3, 32, 32)
+    plain = gradients(Objective(objective.networks, settings), settings, (images, clean), step=0)
+    names = ["pix", "hgd0_loss", "hgd1_loss"]
+    terms, scales = torch.stack([plain[name] for name in names]), torch.tensor([0.5, -1.0, 0.0])
+    assert gradients(objective, config, (images, clean), step=0)["loss"] == pytest.approx(plain["loss"])
+
+    objective.log_scales.data.copy_(scales)
+    objective.zero_grad()
+    figures = gradients(objective, config, (images, clean), step=0)
+    assert figures["loss"] == pytest.approx((terms / scales.exp() + scales).sum())
+    assert [figures[f"{name}_weight"] for name in names] == pytest.approx((1 / scales.exp()).tolist())
+    torch.testing.assert_close(objective.log_scales.grad, 1 - terms / scales.exp())
+    decayed, free = make_optimizer(objective, config).param_groups
+    assert any(p is objective.log_scales for p in free["params"])
+    assert not any(p is objective.log_scales for p in decayed["params"])
+
+
+def test_tensorboard_holds_the_log_once_whatever_was_cut(settings, packed, classifier, tmp_path):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    settings = dataclasses.replace(settings, tensorboard=True, save_every=2)
+
+    class CutError(Exception):
+        pass
+
+    def cut(phase, done, total, figures):
+        if done == 3 and phase == "train":
+            raise CutError
+
+    with pytest.raises(CutError):
+        train(settings, packed, tmp_path / "run", classifier, progress=cut)
+    assert train(settings, packed, tmp_path / "run", classifier)
+    events = reader.EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    rows = log_of(tmp_path / "run")
+    assert set(events.Tags()["scalars"]) == set(rows[0]) - {"step"}
+    scalars = [(event.step, event.value) for event in events.Scalars("pix")]
+    assert scalars == [(row["step"], pytest.approx(row["pix"], rel=1e-5)) for row in rows]
+
+
+def test_moments_of_8_bits_are_planned_saved_and_resumed(settings, packed, classifier, tmp_path, monkeypatch):
+    pytest.importorskip("torchao")
+    monkeypatch.setattr("torch.compile", lambda function, **options: function)  # which takes a minute for every shape
+    monkeypatch.setitem(config_module.PRESETS, "toy", dataclasses.replace(TOY, embed_dim=64, decoder_embed_dim=64))
+    config = dataclasses.replace(settings, optimizer="adamw8bit")
+    for name, end in (("whole", None), ("cut", 3), ("cut", None)):
+        train(config, packed, tmp_path / name, classifier, progress=terminate_at(end))
+    assert log_of(tmp_path / "whole")[-1]["pix"] == log_of(tmp_path / "cut")[-1]["pix"]
+    whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+    networks = Networks.make(config, classifier)
+    networks.model.mask_token.requires_grad_(False)  # it is never used, so it has no moments
+    moments = torch.load(tmp_path / "whole" / "checkpoint.pt")["optimizer"]["state"].values()
+    stored = [m for state in moments for name in ("exp_avg", "exp_avg_sq") if (m := state[name]) is not None]
+    parts = [[m.codes, m.scale, m.qmap] if hasattr(m, "codes") else [m] for m in stored]
+    assert any(len(part) == 3 for part in parts)
+    ledger = plan(networks, config)
+    assert ledger.fixed["optimizer"] == size_of(sum(parts, []))
+    assert ledger.fixed["optimizer"] < 0.5 * ledger.optimizers["adamw"]
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.json")), ids=lambda path: path.stem)
+def test_every_recipe_is_a_config_by_its_name(recipe, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    config = TrainConfig.from_file(recipe.stem, steps=7)
+    assert config == dataclasses.replace(TrainConfig.from_file(recipe), steps=7)
+    if recipe.stem.startswith("impure_base"):  # the authors' rule (SPEC section 6)
+        assert config.lr == pytest.approx(1e-4 * np.mean(config.batches) / 256, rel=1e-3)
+
+
+def test_a_recipe_that_does_not_exist_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"nothing is no file .* and no recipe: impure_base_adversarial, "):
+        TrainConfig.from_file("nothing")
+
+
+def test_what_accelerate_cannot_do_here_is_refused(settings, packed, classifier, tmp_path, monkeypatch):
+    from accelerate import Accelerator, DistributedType
+
+    config = dataclasses.replace(settings, optimizer="adamw8bit")
+    with monkeypatch.context() as patch:
+        sharded = SimpleNamespace(process_index=0, num_processes=1, is_fsdp2=True)
+        patch.setattr(loop, "_accelerator", lambda device: sharded)
+        with pytest.raises(ConfigError, match="FSDP shards moments already"):
+            train(config, packed, tmp_path / "run", classifier)
+    with monkeypatch.context() as patch:
+        patch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
+        with pytest.raises(
+            ConfigError, match="configured for FSDP: choose one process, DDP or FSDP with fsdp_version 2"
+        ):
+            train(settings, packed, tmp_path / "run", classifier)
+    for package, changes, message in (
+        ("accelerate", {}, "Training needs"),
+        ("torchao.optim", {"optimizer": "adamw8bit"}, "optimizer='adamw8bit' needs"),
+        ("torch.utils.tensorboard", {"tensorboard": True}, "tensorboard=True needs"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, package, None)
+            with pytest.raises(MissingExtraError, match=f'{message} the extra "train"'):
+                train(dataclasses.replace(settings, **changes), packed, tmp_path / package, classifier)
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(settings, packed, classifier, tmp_path):
     with pytest.raises(Error, match=r"The loss is nan at step 0, pairs \[\d, \d\]: "):
         train(dataclasses.replace(settings, pixel_weight=float("nan")), packed, tmp_path / "run", classifier)
@@ -169,6 +278,12 @@ def test_missing_and_foreign_data_are_named(tmp_path):
         ({"crops": ((16, 2), (12, 2))}, "crop=12: must give patches of 4, in 4s"),
         ({"guide_weights": (1.0,)}, "give one for each of guide_nodes"),
         ({"accumulate": 3}, "accumulate=3: must divide batch=2"),
+        ({"steps": "6"}, "steps='6': must be int"),
+        ({"crops": ((32, 2, 1),)}, r"crops=\(\(32, 2, 1\),\): must be tuple\[tuple\[int, int\], ...\]"),
+        ({"init": 1}, r"init=1: must be str \| None"),
+        ({"pairs": 1}, "pairs=1: must be at least the batch, 2"),
+        ({"cycles": 0}, "cycles=0: must be at least 1"),
+        ({"optimizer": "sgd"}, "optimizer='sgd': must be adamw or adamw8bit"),
         ({"precision": "fp8"}, "precision='fp8': must be bf16 or fp32"),
         ({"memory": "least"}, "memory='least': wanted one of all, default, tight, minimal"),
         ({"freeze": "head"}, "freeze='head': must be empty, encoder or decoder"),
@@ -326,17 +441,29 @@ def test_a_run_trains_on_pairs_attacked_elsewhere(settings, attacked_elsewhere, 
     assert len(log_of(tmp_path / "run")) == settings.steps
 
 
-def test_batches_are_a_function_of_seed_and_step(packed, classifier, tmp_path):
+def test_batches_are_a_function_of_seed_and_step(settings, packed, classifier, tmp_path):
     pairs = adversarial_pairs(tmp_path, PackedImages(packed), classifier, count=8, side=40, seed=1)
-    options = dict(batch=2, crop=32, seed=3, adversarial=0.5, noisy=0.2)
-    source = batches(pairs, **options)
-    third = [next(source) for _ in range(3)][2]
-    again = next(batches(pairs, **options, start=2))
-    assert third[0] == again[0]
-    assert torch.equal(third[1], again[1])
-    assert torch.equal(third[2], again[2])
-    assert third[1].min() >= 0
-    assert third[1].max() <= 1
+    config = dataclasses.replace(settings, batch=4, adversarial=0.5, noisy=0.2)
+    whole = Batches(pairs, config)
+    keys, inputs, clean = whole[5]
+    shares = [Batches(pairs, config, rank, 2)[5] for rank in range(2)]
+    assert [share[0] for share in shares] == [keys, keys]
+    assert torch.equal(torch.cat([share[1] for share in shares]), inputs)
+    assert torch.equal(torch.cat([share[2] for share in shares]), clean)
+    assert inputs.min() >= 0 and inputs.max() <= 1
+    assert sorted(whole[2][0] + whole[3][0]) == list(range(8))
+
+
+def test_inputs_carry_their_perturbation_at_the_strength(settings, packed, classifier, tmp_path):
+    pairs = adversarial_pairs(tmp_path, PackedImages(packed), classifier, count=8, side=32, seed=1)
+    for strength in (1.0, 0.5):
+        options = dict(batch=8, crop=32, view=32, adversarial=1.0, noisy=0.0, strength=(strength, strength))
+        places, inputs, clean = Batches(pairs, dataclasses.replace(settings, **options))[0]
+        stored = [torch.from_numpy(x[places]).permute(0, 3, 1, 2) / 255 for x in (pairs.clean, pairs.adversarial)]
+        mirrored = torch.tensor([not torch.equal(x, y) for x, y in zip(clean, stored[0], strict=True)])
+        wanted, attacked = (torch.where(mirrored.view(-1, 1, 1, 1), x.flip(3), x) for x in stored)
+        assert torch.equal(clean, wanted) and 0 < mirrored.sum() < 8
+        torch.testing.assert_close(inputs, wanted + strength * (attacked - wanted))
 
 
 def test_tiles_go_out_and_back():
@@ -354,10 +481,18 @@ def test_learning_rate_warms_up_and_falls_to_zero(settings):
     assert all(a > b for a, b in zip(rates[2:], rates[3:], strict=False))
 
 
+def test_cosine_cycles_restart_without_a_warm_up(settings):
+    settings = dataclasses.replace(settings, steps=32, warmup=2, cycles=3)
+    rates = [learning_rate(settings, step) for step in range(33)]
+    assert rates[2] == rates[12] == rates[22] == settings.lr
+    assert max(rates[11], rates[21], rates[31]) < 0.03 * settings.lr
+    assert rates[2:12] == pytest.approx(rates[12:22])
+
+
 def test_weight_decay_reaches_the_authors_tensors():
     """93 decayed and 176 undecayed tensors in the released model (SPEC section 6)."""
     with torch.device("meta"):
-        groups = parameter_groups(IMPure(IMPureConfig()), 0.05)
+        groups = make_optimizer(IMPure(IMPureConfig()), TrainConfig(weight_decay=0.05)).param_groups
     assert [len(g["params"]) for g in groups] == [93, 176]
     assert [g["weight_decay"] for g in groups] == [0.05, 0.0]
 
@@ -366,7 +501,7 @@ def test_loss_terms_depend_on_the_mixing_switch(settings, classifier):
     networks = Networks.make(settings, classifier)
     images, clean = torch.rand(2, 2, 3, 32, 32)
     mixed, alone = (
-        step_losses(networks, config, images, clean, *draw(config, TOY, 2, 0))
+        step_losses(networks, config, images, clean, *draw(config, TOY, range(2), 0))
         for config in (settings, dataclasses.replace(settings, mix_chunks=0))
     )
     assert list(mixed) == ["pix", "hgd0_loss", "hgd1_loss"]
@@ -381,12 +516,12 @@ def test_the_plan_says_what_a_step_keeps(settings, memory):
     model, guide, ledger = networks.model, networks.guide, plan(networks, config)
     assert model.kept == kept_by(memory)
     sizes = [4 * p.numel() for p in model.parameters()]
-    assert ledger.fixed["gradients"] == ledger.fixed["running average"] == ledger.fixed["optimiser"] / 2 == sum(sizes)
+    assert ledger.fixed["gradients"] == ledger.fixed["running average"] == ledger.fixed["optimizer"] / 2 == sum(sizes)
 
     images, clean = torch.rand(2, config.batch, 3, config.crop, config.crop)
     owned = [t for m in (model, guide.network) for t in (*m.parameters(), *m.buffers())]
     with count_kept({**blocks_of(model), "guide": guide.network}, [*owned, images, clean]) as measured:
-        step_losses(networks, config, images, clean, *draw(config, TOY, config.batch, 0))
+        step_losses(networks, config, images, clean, *draw(config, TOY, range(config.batch), 0))
     assert ledger.activations[memory] == pytest.approx(measured, rel=0.01)  # fake norms keep bf16 statistics
     assert min(measured.values()) > 0
 
@@ -419,8 +554,8 @@ def test_pre_training_draws_a_crop_for_each_step_and_attacks_nothing(settings, p
         train(settings, packed, tmp_path / name, classifier, progress=terminate_at(end))
     whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
-    pairs = [np.load(tmp_path / "whole" / "pairs" / f"{name}.npy") for name in ("clean", "adversarial")]
-    assert np.array_equal(*pairs) and pairs[0].any()
+    assert np.load(tmp_path / "whole" / "pairs" / "clean.npy").any()
+    assert not (tmp_path / "whole" / "pairs" / "adversarial.npy").exists()
     assert TrainConfig.from_file(tmp_path / "whole" / "config.json") == settings
 
 
@@ -438,17 +573,25 @@ def test_a_frozen_half_keeps_its_weights(settings, packed, classifier, tmp_path,
 def test_adversarial_training_adds_pictures_attacked_through_the_purifier(settings, classifier):
     settings = dataclasses.replace(settings, attack_steps=3, precision="fp32")
     networks = Networks.make(settings, classifier)
+    objective = Objective(networks, settings)
     images, clean = torch.rand(2, 2, 3, 32, 32)
-    attacked = attack(networks, settings, images, clean, seed=5)
-    assert torch.equal(attacked, attack(networks, settings, images, clean, seed=5))
-    assert 3 / 255 < (attacked - images).abs().max() <= settings.attack_eps + 0.6 / 255  # rounded to 8 bits
+    attacked = attack(objective, settings, images, clean, 5, [0, 1])
+    assert 3 / 255 < (attacked - images).abs().max() <= settings.attack_eps + 1e-6
+    alone = torch.cat([attack(objective, settings, images[i : i + 1], clean[i : i + 1], 5, [i]) for i in range(2)])
+    assert (alone != attacked).float().mean() < 1e-3  # a sign may turn where a gradient is nought
+    whole = PurifiedClassifier(classifier, networks.model, mean=(0.0,) * 3, std=(1.0,) * 3, seed=1)
+    with torch.no_grad():
+        labels = classifier(clean).argmax(dim=1)
+        started = attack(objective, dataclasses.replace(settings, attack_steps=0), images, clean, 5, [0, 1])
+        loss = [F.cross_entropy(whole(x.clamp(0, 1)), labels) for x in (started, attacked)]
+    assert loss[1] > loss[0]
     assert networks.model.training
     assert all(p.grad is None for p in networks.model.parameters())
 
     shown = []
     reconstruct = networks.model.reconstruct
     networks.model.reconstruct = lambda tiles, draws: shown.append(len(tiles)) or reconstruct(tiles, draws)
-    gradients(networks, settings, (images, clean), step=0)
+    gradients(objective, settings, (images, clean), step=0)
     assert shown[-1] == 2 * 2 * (32 // TOY.tile_size) ** 2
 
 
@@ -461,10 +604,11 @@ def test_lpips_stands_in_for_the_guide(settings, classifier, random_lpips):
     config = dataclasses.replace(settings, guide_nodes=(), guide_weights=(), lpips=0.5)
     networks = Networks.make(config, classifier)
     images, clean = torch.rand(2, 2, 3, 32, 32)
-    terms = gradients(networks, config, (images, clean), step=0)
-    assert list(terms) == ["pix", "lpips_loss"]
+    terms = gradients(Objective(networks, config), config, (images, clean), step=0)
+    assert list(terms) == ["loss", "pix", "lpips_loss"]
     networks.model.zero_grad()
-    double = gradients(networks, dataclasses.replace(config, lpips=1.0), (images, clean), step=0)
+    louder = dataclasses.replace(config, lpips=1.0)
+    double = gradients(Objective(networks, louder), louder, (images, clean), step=0)
     assert double["lpips_loss"] == pytest.approx(2 * terms["lpips_loss"])
     assert all(p.grad is None for p in networks.lpips.parameters())
 
@@ -498,33 +642,77 @@ def test_mixed_pixels_come_from_the_image_the_mask_names():
     assert torch.equal(mixed[~mask], images[~mask])
 
 
+def sharding(device, make=loop._accelerator):
+    """accelerate shards on accelerators alone, so that on a CPU a test makes its choice."""
+    from accelerate import DistributedType, FullyShardedDataParallelPlugin
+
+    accelerator = make(device)
+    accelerator.state.distributed_type = DistributedType.FSDP
+    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap"
+    )
+    prepare = accelerator.prepare
+
+    def prepared(*parts):
+        model, optimizer = prepare(*parts)
+        assert all(isinstance(p, DTensor) for p in model.parameters())
+        assert sum(isinstance(m, FSDPModule) for m in model.modules()) == 1 + TOY.depth + TOY.decoder_depth
+        return model, optimizer
+
+    accelerator.prepare = prepared
+    return accelerator
+
+
 WORKER = """
-import os, sys, torch
+import sys, torch
 torch.set_num_threads({threads})
 sys.path.insert(0, {root!r})
 from impure_fast import config
-from impure_fast.training.loop import TrainConfig, train
-from tests.test_training import TOY, toy_classifier
+from impure_fast.training import loop
+from tests.test_training import TOY, sharding, terminate_at, toy_classifier
 config.PRESETS["toy"] = TOY
-assert train(TrainConfig.from_file({recipe!r}), {data!r}, {out!r}, toy_classifier())
+if {sharded}:
+    loop._accelerator = sharding
+settings = loop.TrainConfig.from_file({recipe!r})
+finished = loop.train(settings, {data!r}, {out!r}, toy_classifier(), progress=terminate_at({end}))
+assert finished is {finished}
 """
 
 
 @pytest.fixture
 def start(packed, tmp_path):
-    """start(settings, folder, **environment) -> a process that trains."""
+    """start(settings, folder, **environment) -> a process that trains, sharded or to a certain step if wished."""
 
-    def call(settings, folder, **environment):
+    def call(settings, folder, sharded=False, end=None, **environment):
         recipe = tmp_path / "recipe.json"
         recipe.write_text(json.dumps(dataclasses.asdict(settings)))
-        paths = dict(
+        values = dict(
             threads=torch.get_num_threads(),
             root=str(Path(__file__).parents[1]),
             recipe=str(recipe),
             data=str(packed),
             out=str(folder),
+            sharded=sharded,
+            end=end,
+            finished=end is None,
         )
-        return subprocess.Popen([sys.executable, "-c", WORKER.format(**paths)], env={**os.environ, **environment})
+        return subprocess.Popen([sys.executable, "-c", WORKER.format(**values)], env={**os.environ, **environment})
+
+    return call
+
+
+@pytest.fixture
+def start_two(start):
+    """start_two(settings, folder, sharded, end): two processes train to their end."""
+
+    def call(settings, folder, sharded=False, end=None):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+        workers = [start(settings, folder, sharded, end, **shared, **rank) for rank in ranks]
+        assert [worker.wait(timeout=600) for worker in workers] == [0, 0]
 
     return call
 
@@ -540,16 +728,28 @@ def assert_same_run(one, other, tolerance=1e-5):
             assert b[name] == pytest.approx(a[name], rel=tolerance), f"{name} of step {a['step']}"
 
 
-def test_two_processes_log_what_one_logs(settings, packed, classifier, start, tmp_path):
+def test_two_processes_log_what_one_logs(settings, packed, classifier, start_two, tmp_path):
     settings = dataclasses.replace(settings, precision="fp32")
     train(settings, packed, tmp_path / "one", classifier)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    workers = [start(settings, tmp_path / "two", **shared, RANK=str(rank)) for rank in range(2)]
-    assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
+    start_two(settings, tmp_path / "two")
     assert_same_run(log_of(tmp_path / "one"), log_of(tmp_path / "two"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharded", [False, True], ids=["DDP", "FSDP2"])
+def test_two_processes_with_every_option_go_on_to_the_same_run(
+    settings, packed, classifier, start_two, tmp_path, sharded
+):
+    options = dict(batch=4, accumulate=2, attack_steps=2, ema=0.9, learned_weights=True, memory="minimal")
+    settings = dataclasses.replace(settings, precision="fp32", **options)
+    train(settings, packed, tmp_path / "one", classifier)
+    start_two(settings, tmp_path / "two", sharded)
+    assert_same_run(log_of(tmp_path / "one"), log_of(tmp_path / "two"))
+    for end in (3, None):
+        start_two(settings, tmp_path / "cut", sharded, end)
+    assert_same_run(log_of(tmp_path / "two"), log_of(tmp_path / "cut"), tolerance=0)
+    whole, cut = (tree_leaves(torch.load(tmp_path / name / "checkpoint.pt")) for name in ("two", "cut"))
+    assert all(torch.equal(*map(torch.as_tensor, pair)) for pair in zip(whole, cut, strict=True) if pair[0] is not None)
 
 
 def test_accumulated_parts_log_what_the_whole_batch_logs(settings, packed, classifier, tmp_path):
@@ -562,7 +762,8 @@ def test_accumulated_parts_log_what_the_whole_batch_logs(settings, packed, class
 def test_a_run_killed_at_any_moment_goes_on_to_the_same_losses_and_weights(
     settings, packed, classifier, start, tmp_path
 ):
-    settings = dataclasses.replace(settings, steps=20, save_every=5, ema=0.9)
+    settings = dataclasses.replace(settings, steps=20, save_every=5, ema=0.9, learned_weights=True)
+    settings = dataclasses.replace(settings, workers=1)
     train(settings, packed, tmp_path / "whole", classifier)
     victim, log = start(settings, tmp_path / "cut"), tmp_path / "cut" / "log.jsonl"
     until = 1 + int.from_bytes(os.urandom(1)) % 15

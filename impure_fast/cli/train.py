@@ -19,7 +19,8 @@ def train(
         Path, typer.Option("--output", "-o", metavar="DIR", help="A new folder, or a run to go on with.")
     ],
     config: Annotated[
-        Path | None, typer.Option(metavar="JSON", help="Fields of TrainConfig; the options below go before them.")
+        str | None,
+        typer.Option(metavar="JSON", help="Fields of TrainConfig, or a shipped recipe; the options below go before."),
     ] = None,
     model: Annotated[str | None, typer.Option(help="Preset name.")] = None,
     init: Annotated[str | None, typer.Option(metavar="FILE", help="Weights to begin from.")] = None,
@@ -30,6 +31,7 @@ def train(
     guide: Annotated[str | None, typer.Option(help="Of the feature loss; unset: the classifier.")] = None,
     seed: Annotated[int | None, typer.Option(min=0)] = None,
     memory: Annotated[str | None, typer.Option(help="Kept for backward: all, default, tight or minimal.")] = None,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write DIR/tensorboard too.")] = False,
     plan: Annotated[bool, typer.Option("--plan", help="Show what a step holds in memory, and train nothing.")] = False,
     device: Annotated[str, typer.Option(help="As torch names it.")] = "cpu",
 ) -> None:
@@ -41,7 +43,7 @@ def train(
     from ..training import loop
 
     given: dict[str, Any] = dict(model=model, init=init, steps=steps, batch=batch, lr=lr, seed=seed, memory=memory)
-    given |= dict(classifier=classifier, guide=guide)
+    given |= dict(classifier=classifier, guide=guide, tensorboard=tensorboard or None)
     settings = loop.TrainConfig.from_file(config, **{k: v for k, v in given.items() if v is not None})
     check_device(device)
     networks: dict[str, Any] = {"classifier": load_target(settings.classifier).model, "device": device}

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from ..attacks import pgd
 from ..errors import InputError
 from ..images import PackedImages, decode, find_images, random_view, read_shard, shards_of
 from ..purify import to_bytes, to_float
+
+if TYPE_CHECKING:
+    from .loop import TrainConfig
+
+NAMES = ("clean", "adversarial")
 
 
 @dataclass
@@ -38,25 +44,26 @@ def adversarial_pairs(
     eps: tuple[float, float] = (2 / 255, 14 / 255),
     batch: int = 10,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    device: str = "cpu",
 ) -> Pairs:
     """Make (or finish, or just open) ``count`` random views and their PGD images against ``classifier``.
 
-    classifier takes [0, 1]; its own decision on the clean view is the label, so no annotation is used.
+    classifier, on ``device``, takes [0, 1]; its own decision on the clean view is the label, so no annotation is used.
     Each batch draws its eps uniformly and is a function of seed and batch number, so a killed run goes on.
-    Results are rounded to 8 bits.  eps=(0, 0) attacks nothing, and both are the clean views.
+    Results are rounded to 8 bits.  eps=(0, 0) attacks nothing, and both are the clean views, stored once.
     """
     recipe = dict(count=count, side=side, seed=seed, eps=eps, batch=batch, images=len(images))
-    store, done = _open(Path(folder), recipe)
+    store, done = _open(Path(folder), recipe, NAMES if any(eps) else NAMES[:1])
     for start in range(done, count, batch):
         stop = min(start + batch, count)
         rng = np.random.default_rng([seed, start])
         order = np.random.default_rng([seed, 1 << 32, start // len(images)])
         which = order.permutation(len(images))
         views = np.stack([random_view(images[which[i % len(images)]], side, rng) for i in range(start, stop)])
-        store.clean[start:stop] = store.adversarial[start:stop] = views
-        size = float(rng.uniform(*eps))
-        if size:
-            x = to_float(views)
+        store.clean[start:stop] = views
+        if any(eps):
+            size = float(rng.uniform(*eps))
+            x = to_float(views).to(device)
             with torch.no_grad():
                 labels = classifier(x).argmax(dim=1)
             own_seed = seed * 1_000_003 + start
@@ -83,7 +90,7 @@ def stored_pairs(
     The same random window of ``side`` pixels is cut from both.  Raises InputError naming the pair that does not fit.
     """
     recipe = dict(count=count, side=side, seed=seed, source=str(source))
-    store, done = _open(Path(folder), recipe)
+    store, done = _open(Path(folder), recipe, NAMES)
     for i, (key, clean, adversarial) in enumerate(_files(Path(source)) if done < count else ()):
         if i < done:
             continue
@@ -124,11 +131,11 @@ def _decode(key: str, data: bytes) -> NDArray[np.uint8]:
         raise InputError(f"{key} holds a picture that cannot be read: {error}.") from error
 
 
-def _open(folder: Path, recipe: dict[str, Any]) -> tuple[Pairs, int]:
-    """The arrays in ``folder``, made if missing, and how many pairs they hold already."""
+def _open(folder: Path, recipe: dict[str, Any], names: Sequence[str]) -> tuple[Pairs, int]:
+    """The arrays in ``folder``, made if missing, and how many pairs they hold already; one array may be both."""
     folder.mkdir(parents=True, exist_ok=True)
     shape = (recipe["count"], recipe["side"], recipe["side"], 3)
-    for name in ("clean", "adversarial"):
+    for name in names:
         if not (path := folder / f"{name}.npy").exists():
             np.lib.format.open_memmap(path, "w+", np.uint8, shape).flush()
     done = 0
@@ -137,46 +144,49 @@ def _open(folder: Path, recipe: dict[str, Any]) -> tuple[Pairs, int]:
         if stored["recipe"] != json.loads(json.dumps(recipe)):
             raise InputError(f"{folder} holds pairs of another recipe ({stored['recipe']}); choose another folder.")
         done = stored["done"]
-    return Pairs(*(np.load(folder / f"{name}.npy", mmap_mode="r+") for name in ("clean", "adversarial"))), done
+    arrays = [np.load(folder / f"{name}.npy", mmap_mode="r+") for name in names]
+    return Pairs(arrays[0], arrays[-1]), done
 
 
 def _note(folder: Path, recipe: dict[str, Any], done: int) -> None:
     (folder / "pairs.json").write_text(json.dumps({"recipe": recipe, "done": done}))
 
 
-def batches(
-    pairs: Pairs, *, batch: int, crop: int, seed: int, adversarial: float, noisy: float, start: int = 0
-) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-    """Endless batches (places of the pairs, inputs, clean pictures), the latter float [batch, 3, crop, crop].
+class Batches(Dataset[tuple[list[int], Tensor, Tensor]]):
+    """Step -> the places of all its pairs, and this process's share of its inputs and clean pictures.
 
-    Step ``start`` on is a function of the seed.
-
-    Of the inputs a share ``adversarial`` carries its perturbation, scaled by 0.4 to 1.1, a share ``noisy``
+    A function of (seed, step).  Inputs and clean pictures are float [batch / world, 3, crop, crop] in [0, 1].
+    Of the inputs a share ``adversarial`` carries its perturbation, scaled by ``strength``, a share ``noisy``
     sign noise of 2 to 14/255, and the rest nothing.  Crops are random, the same for both.
     """
-    step = start
-    n, side = pairs.clean.shape[:2]
-    while True:
-        rng = np.random.default_rng([seed, step])
-        epoch, place = divmod(step * batch, n - n % batch)
-        which = np.random.default_rng([seed, 1 << 32, epoch]).permutation(n)[place : place + batch]
+
+    def __init__(self, pairs: Pairs, config: TrainConfig, rank: int = 0, world: int = 1) -> None:
+        self.pairs, self.config, self.rank, self.world = pairs, config, rank, world
+
+    def __getitem__(self, step: int) -> tuple[list[int], Tensor, Tensor]:
+        config, pairs = self.config.at(step), self.pairs
+        n, side = pairs.clean.shape[:2]
+        rng = np.random.default_rng([config.seed, step])
+        epoch, place = divmod(step * config.batch, n - n % config.batch)
+        which = np.random.default_rng([config.seed, 1 << 32, epoch]).permutation(n)[place : place + config.batch]
         inputs, cleans = [], []
-        for i in which:
-            top, left = rng.integers(side - crop + 1, size=2)
-            window = np.s_[top : top + crop, left : left + crop]
-            clean = pairs.clean[i][window].astype(np.float32) / 255
-            kind = rng.random()
-            if kind < adversarial:
-                change = (pairs.adversarial[i][window].astype(np.float32) / 255 - clean) * rng.uniform(0.4, 1.1)
-            elif kind < adversarial + noisy:
-                change = rng.choice([-1, 1], clean.shape) * rng.uniform(2 / 255, 14 / 255)
-            else:
-                change = 0
+        for place, i in enumerate(which):
+            top, left = rng.integers(side - config.crop + 1, size=2)
+            window = np.s_[top : top + config.crop, left : left + config.crop]
+            kind, change = rng.random(), np.zeros(())
+            if kind < config.adversarial:
+                factor = rng.uniform(*config.strength)
+            elif kind < config.adversarial + config.noisy:
+                change = rng.choice([-1, 1], (config.crop, config.crop, 3)) * rng.uniform(2 / 255, 14 / 255)
             mirror = slice(None, None, -1 if rng.random() < 0.5 else 1)
+            if place * self.world // config.batch != self.rank:
+                continue  # its draws alone were wanted
+            clean = pairs.clean[i][window].astype(np.float32) / 255
+            if kind < config.adversarial:
+                change = (pairs.adversarial[i][window].astype(np.float32) / 255 - clean) * factor
             cleans.append(clean[:, mirror])
             inputs.append((clean + change).clip(0, 1)[:, mirror])
         x, y = (
             torch.from_numpy(np.stack(a).astype(np.float32)).permute(0, 3, 1, 2).contiguous() for a in (inputs, cleans)
         )
-        yield which.tolist(), x, y
-        step += 1
+        return which.tolist(), x, y

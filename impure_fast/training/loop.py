@@ -1,41 +1,47 @@
 """Purification training: clean targets, adversarial or noisy inputs, pixel + guided feature loss.
 
 Every batch and every draw is a function of (seed, step), so a run that was cut goes on exactly where
-its last checkpoint stood.  Under torchrun each process takes an equal share of every batch.
+its last checkpoint stood.  Under torchrun or ``accelerate launch`` each process takes an equal share of every batch.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from datetime import timedelta
+from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.distributed.fsdp import register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch.utils.data import DataLoader
 
-from ..attacks import pgd
 from ..checkpoints import load_state, read_safetensors, save_safetensors
 from ..classifiers import Normalised
-from ..config import PRESETS, IMPureConfig
+from ..config import PRESETS, IMPureConfig, check_types
 from ..draws import Draws, MixDraws
-from ..errors import CheckpointError, ConfigError, Error
+from ..errors import CheckpointError, ConfigError, Error, MissingExtraError
 from ..images import write_atomically
 from ..memory import kept_by
 from ..model import IMPure
-from ..purify import PurifiedClassifier
-from .data import PackedImages, Pairs, adversarial_pairs, batches, stored_pairs
+from ..philox import ATTACK, uniform
+from .data import Batches, PackedImages, Pairs, adversarial_pairs, stored_pairs
 from .guide import Guide
 from .losses import TRUNKS, guided_loss, lpips_network, pixel_loss
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 # Beginnings of the names of the tensors that each half of the network owns (SPEC section 6).
 FROZEN = {
@@ -43,7 +49,19 @@ FROZEN = {
     "decoder": ("decoder_", "mask_token", "proj_"),
 }
 
+OPTIMIZERS = ("adamw", "adamw8bit")
+MAY_CHANGE = ("memory", "tensorboard", "workers")  # in a run that goes on: they change no result
+RECIPES = Path(str(files("impure_fast"))) / "training" / "recipes"
+
 Progress = Callable[[str, int, int, dict[str, float]], None]
+
+
+@contextlib.contextmanager
+def _extra(what: str) -> Iterator[None]:
+    try:
+        yield
+    except ImportError as error:
+        raise MissingExtraError(f'{what} needs the extra "train": pip install "impure-fast[train]".') from error
 
 
 @dataclass(frozen=True)
@@ -60,7 +78,10 @@ class TrainConfig:
         the loss compares; empty: the classifier.
     adversarial, noisy: shares of the inputs with a perturbation and with sign noise; the others are clean.  With
         neither, and no guide_nodes, this is pre-training.
-    lr, warmup, weight_decay, clip: AdamW (0.9, 0.95), linear warm-up steps, then cosine to 0.
+    strength: a perturbation is scaled by a factor from this range.
+    lr, warmup, cycles, weight_decay, clip: AdamW (0.9, 0.95), linear warm-up steps, then so many times cosine to 0;
+        clip=0 leaves gradients as they are.
+    optimizer: adamw, or adamw8bit (torchao) with moments of 8 bits.
     accumulate: parts that a process takes one after the other for one step; same result in less memory.
     precision: bf16 (autocast) or fp32.
     ema: decay of the weights' running average, which is then what the run gives; 0 gives the last weights.
@@ -71,7 +92,11 @@ class TrainConfig:
         6, ``adv_train``); attack_eps, attack_step_size in the pictures' units.
     freeze: "encoder" or "decoder", which then keeps its weights; the decoder with the side layers.
     mix_chunks: at most this many chunks in patch mixing (SPEC section 5); 0 shows the guide no input patches.
+    learned_weights: weigh the terms by learned scales b (Kendall et al., arXiv 1705.07115, for L1 terms): term / b +
+        log b, b beginning at 1; the fixed weights then only say where it begins.
     memory: what is kept for backward: all, default, tight or minimal; changes no result, and may change in a run.
+    tensorboard: write output/tensorboard/ beside log.jsonl; may change in a run.
+    workers: processes beside this one that prepare its batches; may change in a run.
     """
 
     model: str = "impure_tiny"
@@ -107,8 +132,15 @@ class TrainConfig:
     crops: tuple[tuple[int, int], ...] = ()
     classifier: str = "lite0"
     guide: str = ""
+    strength: tuple[float, float] = (0.4, 1.1)
+    cycles: int = 1
+    optimizer: str = "adamw"
+    learned_weights: bool = False
+    tensorboard: bool = False
+    workers: int = 0
 
     def __post_init__(self) -> None:
+        check_types(self)
         network, tile = self.model_config, self.tile
         if self.crop % tile or self.crop > self.view:
             raise ConfigError(f"crop={self.crop}: must be a multiple of the tile ({tile}) of at most view={self.view}.")
@@ -120,8 +152,14 @@ class TrainConfig:
             raise ConfigError(f"mix_chunks={self.mix_chunks}: must be 0 or at least 2.")
         if not 0 <= self.ema < 1:
             raise ConfigError(f"ema={self.ema}: must be in [0, 1).")
-        if self.accumulate < 1 or self.batch % self.accumulate:
-            raise ConfigError(f"accumulate={self.accumulate}: must divide batch={self.batch}.")
+        if odd := [n for n in self.batches if self.accumulate < 1 or n % self.accumulate]:
+            raise ConfigError(f"accumulate={self.accumulate}: must divide batch={odd[0]}.")
+        if max(self.batches) > self.pairs:
+            raise ConfigError(f"pairs={self.pairs}: must be at least the batch, {max(self.batches)}.")
+        if self.cycles < 1:
+            raise ConfigError(f"cycles={self.cycles}: must be at least 1.")
+        if self.optimizer not in OPTIMIZERS:
+            raise ConfigError(f"optimizer={self.optimizer!r}: must be {' or '.join(OPTIMIZERS)}.")
         if self.precision not in ("bf16", "fp32"):
             raise ConfigError(f"precision={self.precision!r}: must be bf16 or fp32.")
         if self.freeze not in ("", *FROZEN):
@@ -137,6 +175,11 @@ class TrainConfig:
         """Side of what the network is given."""
         return min(self.model_config.tile_size, self.crop)
 
+    @property
+    def batches(self) -> list[int]:
+        """Pictures a step: one number, or one for each of ``crops``."""
+        return [batch for _, batch in self.crops] or [self.batch]
+
     def at(self, step: int) -> TrainConfig:
         """The config of one step: with one of ``crops`` as its crop and batch."""
         if not self.crops:
@@ -147,20 +190,25 @@ class TrainConfig:
 
     @classmethod
     def from_file(cls, path: str | Path | None, **changes: Any) -> TrainConfig:
-        """From a JSON file of fields (a run's config.json is one), with ``changes`` in their place."""
+        """From a JSON file of fields (a run's config.json is one) or a shipped recipe's name, ``changes`` going before.
+
+        Raises ConfigError naming file and field.
+        """
         values: dict[str, Any] = {}
         if path is not None:
+            shipped = {recipe.stem: recipe for recipe in RECIPES.glob("*.json")}
             try:
-                values = json.loads(Path(path).read_text())
-            except (OSError, ValueError) as error:
+                values = json.loads(shipped.get(str(path), Path(path)).read_text())
+            except OSError as error:
+                raise ConfigError(
+                    f"{path} is no file ({error}) and no recipe: {', '.join(sorted(shipped))}."
+                ) from error
+            except ValueError as error:
                 raise ConfigError(f"{path} holds no training config: {error}.") from error
         values |= changes
         known = {field.name for field in fields(cls)}
         if unknown := sorted(set(values) - known):
             raise ConfigError(f"Unknown training fields {unknown}; known are {sorted(known)}.")
-        values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-        if "crops" in values:
-            values["crops"] = tuple(map(tuple, values["crops"]))
         return cls(**values)
 
     @property
@@ -204,21 +252,60 @@ class Networks:
         return {name: module for name, module in found.items() if module is not None}
 
 
+class Objective(nn.Module):
+    """All that is trained, with its loss as the forward pass: what DDP and FSDP wrap.
+
+    The frozen networks are no part of its state.
+    """
+
+    _no_split_modules = ("Block",)  # accelerate shards these one by one
+    log_scales: nn.Parameter | None
+
+    def __init__(self, networks: Networks, config: TrainConfig) -> None:
+        super().__init__()
+        self.networks, self.model = networks, networks.model
+        terms = 1 + len(config.guide_nodes) + (config.lpips > 0)
+        scales = nn.Parameter(networks.model.cls_token.new_zeros(terms)) if config.learned_weights else None
+        self.register_parameter("log_scales", scales)
+
+    def forward(self, config: TrainConfig, *batch: Any) -> dict[str, Tensor]:
+        """{"loss": to be minimised, and detached: every term, and its learned weight if there is one}.
+
+        batch: as ``step_losses`` takes it.
+        """
+        terms = step_losses(self.networks, config, *batch)
+        values = torch.stack(list(terms.values()))
+        figures = {name: value.detach() for name, value in terms.items()}
+        if self.log_scales is not None:
+            weights = (-self.log_scales).exp()
+            figures |= {f"{name}_weight": weight for name, weight in zip(terms, weights.detach(), strict=True)}
+            values = values * weights + self.log_scales
+        return {"loss": values.sum(), **figures}
+
+    def purify(self, images: Tensor, **options: Any) -> Tensor:
+        """``IMPure.purify``; FSDP gathers the weights for it as for the forward pass."""
+        return self.model.purify(images, **options)
+
+
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """Linear warm-up, then cosine to zero."""
+    """Linear warm-up, then ``cycles`` times cosine to zero."""
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
-    done = (step - config.warmup) / max(1, config.steps - config.warmup)
+    done = config.cycles * (step - config.warmup) / max(1, config.steps - config.warmup)
+    done -= min(int(done), config.cycles - 1)
     return config.lr * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Decay on tensors of more than one axis, none on the others (SPEC section 6)."""
-    parameters = list(model.parameters())
-    return [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
+def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW with decay on tensors of more than one axis and none on the others (SPEC section 6)."""
+    with _extra("Training"):
+        from timm.optim import param_groups_weight_decay
+    kind: Any = torch.optim.AdamW
+    if config.optimizer == "adamw8bit":
+        with _extra("optimizer='adamw8bit'"):
+            from torchao.optim import AdamW8bit
+        kind = AdamW8bit
+    return kind(param_groups_weight_decay(model, config.weight_decay)[::-1], lr=config.lr, betas=(0.9, 0.95))
 
 
 def to_tiles(pictures: Tensor, tile: int) -> Tensor:
@@ -233,17 +320,18 @@ def from_tiles(tiles: Tensor, pictures: int, side: int) -> Tensor:
 
 
 def draw(
-    config: TrainConfig, network: IMPureConfig, n: int, step: int, first: int = 0, device: torch.device | str = "cpu"
+    config: TrainConfig, network: IMPureConfig, places: Sequence[int], step: int, device: torch.device | str = "cpu"
 ) -> tuple[Draws, list[MixDraws] | None]:
-    """The randomness of a batch of n pictures, or of the share of it that begins with picture ``first``."""
-    seed, count = config.seed << 32 | step, (config.crop // config.tile) ** 2
+    """The randomness of the pictures at these places of a batch."""
+    n, seed, count = len(places), config.seed << 32 | step, (config.crop // config.tile) ** 2
     shape = (n * count, 3, config.tile, config.tile)
-    streams = torch.arange(n * count) + first * count
+    own = torch.tensor(places)
+    streams = (own[:, None] * count + torch.arange(count)).flatten()
     draws = Draws.sample(network, shape, seed, streams, training=True, device=device)
     if not config.mix_chunks:
         return draws, None
     tokens = (config.crop // network.patch_size) ** 2
-    return draws, [MixDraws.sample(tokens, n, seed, torch.arange(n) + first, config.mix_chunks, device=device)]
+    return draws, [MixDraws.sample(tokens, n, seed, own, config.mix_chunks, device=device)]
 
 
 def step_losses(
@@ -269,36 +357,60 @@ def step_losses(
     return terms
 
 
-def attack(networks: Networks, config: TrainConfig, images: Tensor, clean: Tensor, seed: int) -> Tensor:
-    """PGD on pictures through purifier and classifier, away from the classifier's decision on the clean ones."""
-    assert networks.attacked is not None
+def attack(
+    objective: Objective, config: TrainConfig, images: Tensor, clean: Tensor, step: int, places: Sequence[int]
+) -> Tensor:
+    """PGD on pictures through purifier and classifier, away from the classifier's decision on the clean ones.
+
+    SPEC section 6, ``adv_train``: a start anywhere in the ball, fresh draws at every gradient.  Own code, because what
+    happens to a picture must not depend on those beside it.
+    """
+    classifier = objective.networks.attacked
+    assert classifier is not None
     with torch.no_grad():
-        labels = networks.attacked(clean).argmax(dim=1)
-    whole = PurifiedClassifier(networks.attacked, networks.model, mean=(0.0,) * 3, std=(1.0,) * 3, seed=seed)
-    options: dict[str, Any] = dict(eps=config.attack_eps, steps=config.attack_steps, step_size=config.attack_step_size)
-    return pgd(whole.to(images.device), images, labels, **options, seed=seed)
+        labels = classifier(clean).argmax(dim=1)
+    eps, key = config.attack_eps, config.seed << 32 | step
+    streams = torch.tensor(places, device=images.device)
+    start = uniform(key, streams, ATTACK, images[0].numel()).view_as(images)
+    attacked = images + eps * (2 * start - 1)
+    for t in range(config.attack_steps):
+        attacked = attacked.detach().requires_grad_()
+        seed = key + (1 + t << 44)  # none of the step's own draws
+        purified = objective.purify(attacked, seed=seed, streams=streams, clamp=False, check=False)
+        (gradient,) = torch.autograd.grad(F.cross_entropy(classifier(purified), labels, reduction="sum"), attacked)
+        attacked = attacked.detach() + config.attack_step_size * gradient.sign()
+        attacked = torch.clamp(attacked, images - eps, images + eps).clamp(0, 1)
+    return attacked
 
 
 def gradients(
-    networks: Networks, config: TrainConfig, batch: tuple[Tensor, Tensor], step: int, first: int = 0
+    objective: Objective,
+    config: TrainConfig,
+    batch: tuple[Tensor, Tensor],
+    step: int,
+    first: int = 0,
+    wrapped: nn.Module | None = None,
 ) -> dict[str, Tensor]:
-    """Add the gradients of a batch, or of the share that begins with picture ``first``; returns its mean terms.
+    """Add the gradients of a batch, or of the share that begins with picture ``first``; returns its mean figures.
 
-    batch: inputs and clean pictures, [n, 3, crop, crop] each.
+    batch: inputs and clean pictures, [n, 3, crop, crop] each; wrapped: ``objective`` as accelerate prepared it.
     """
     sums: dict[str, Tensor] = {}
     size = len(batch[0]) // config.accumulate
     for part in range(config.accumulate):
         images, clean = (x[part * size : (part + 1) * size] for x in batch)
-        place, copies = first + part * size, 1
-        if networks.attacked is not None:
-            seed = (config.seed << 32 | step) + (1 + place << 44)  # none of the step's own draws
-            images = torch.cat((images, attack(networks, config, images, clean, seed)))
-            clean, copies = torch.cat((clean, clean)), 2
-        draws = draw(config, networks.model.config, copies * size, step, copies * place, images.device)
-        terms = step_losses(networks, config, images, clean, *draws)
-        (torch.stack(list(terms.values())).sum() / config.accumulate).backward()
-        for name, value in terms.items():
+        places = list(range(first + part * size, first + (part + 1) * size))
+        if objective.networks.attacked is not None:
+            images = torch.cat((images, attack(objective, config, images, clean, step, places)))
+            clean = torch.cat((clean, clean))
+            places += [config.batch + place for place in places]
+        draws = draw(config, objective.model.config, places, step, images.device)
+        last = part + 1 == config.accumulate
+        # DDP averages once a step; FSDP each time, and holds shards of gradients alone.
+        with contextlib.nullcontext() if last else getattr(wrapped, "no_sync", contextlib.nullcontext)():
+            figures = (wrapped or objective)(config, images, clean, *draws)
+            (figures["loss"] / config.accumulate).backward()
+        for name, value in figures.items():
             sums[name] = sums.get(name, 0) + value.detach() / config.accumulate
     return sums
 
@@ -334,89 +446,103 @@ def train(
     classifier, guide: networks from images in [0, 1], as the config names them; no guide: the classifier.
     progress(phase, done, total, figures) is called with the phases "pairs" and "train".
     Writes output/: config.json, pairs/, checkpoint.pt, log.jsonl, model.safetensors, curves.png.
-    Raises Error where the loss is not finite or ``output`` holds a run of another config.
+    Raises Error where the loss or its gradient is not finite or ``output`` holds a run of another config.
     """
     output = Path(output)
-    rank, world, device = _processes(device)
-    if odd := [n for n in {config.batch, *(n for _, n in config.crops)} if n % (world * config.accumulate)]:
+    accelerator = _accelerator(device)
+    rank, world = accelerator.process_index, accelerator.num_processes
+    device = device if world == 1 else str(accelerator.device)
+    if odd := [n for n in config.batches if n % (world * config.accumulate)]:
         raise ConfigError(f"batch={odd[0]}: must be a multiple of {world} processes x accumulate={config.accumulate}.")
-    pairs = _prepare(config, data, output, classifier, progress, rank)
-    networks = Networks.make(config, classifier, device, guide)
-    model = networks.model
-    optimiser = torch.optim.AdamW(parameter_groups(model, config.weight_decay), lr=config.lr, betas=(0.9, 0.95))
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema)) if config.ema else None
-    start = _restore(output / "checkpoint.pt", model, optimiser, average)
-    log = _Log(output / "log.jsonl", start) if rank == 0 else None
+    if accelerator.is_fsdp2 and config.optimizer == "adamw8bit":
+        raise ConfigError("optimizer='adamw8bit': FSDP shards moments already; use adamw with it, or DDP.")
+    pairs = _prepare(config, data, output, classifier, progress, accelerator, device)
+    objective = Objective(Networks.make(config, classifier, device, guide), config)
+    wrapped, optimizer = accelerator.prepare(objective, make_optimizer(objective, config))
+    register_fsdp_forward_method(objective, "purify")  # which does nothing to other modules
+    start, average = _restore(output / "checkpoint.pt", objective, optimizer)
+    log = _Log(output, start, config.tensorboard) if rank == 0 else None
+    options: dict[str, Any] = dict(sampler=range(start, config.steps), batch_size=None, generator=torch.Generator())
+    options |= dict(num_workers=config.workers, multiprocessing_context="fork" if config.workers else None)
+    loader = DataLoader(Batches(pairs, config, rank, world), pin_memory=device.startswith("cuda"), **options)
     with _Stop() as stop:
+        loaded = iter(loader)  # here, so that Ctrl-C does not end its workers
         for step in range(start, config.steps):
             began, rate, now = time.perf_counter(), learning_rate(config, step), config.at(step)
-            for group in optimiser.param_groups:
-                group["lr"] = rate
-            first = rank * (now.batch // world)
-            mine = slice(first, first + now.batch // world)
-            options = {name: getattr(now, name) for name in ("batch", "crop", "seed", "adversarial", "noisy")}
-            keys, dirty, clean = next(batches(pairs, **options, start=step))
-            optimiser.zero_grad(set_to_none=True)
-            terms = gradients(networks, now, (dirty[mine].to(device), clean[mine].to(device)), step, first)
-            stopping = _share(model, terms, stop.wanted, world)
-            figures = {name: value.item() for name, value in terms.items()}
-            figures["loss"] = sum(figures.values())
-            if not math.isfinite(figures["loss"]):
-                raise Error(f"The loss is {figures['loss']} at step {step}, pairs {keys}: {figures}.")
-            figures["grad_norm"] = nn.utils.clip_grad_norm_(model.parameters(), config.clip).item()
-            optimiser.step()
-            if average is not None:
-                average.update_parameters(model)
+            for group in optimizer.param_groups:
+                group["lr"] = torch.tensor(rate) if isinstance(group["lr"], Tensor) else rate
+            keys, dirty, clean = next(loaded)
+            optimizer.zero_grad()
+            batch = dirty.to(device, non_blocking=True), clean.to(device, non_blocking=True)
+            terms = gradients(objective, now, batch, step, rank * len(dirty), wrapped)
+            terms["stopping"] = terms["loss"].new_tensor(float(stop.wanted))
+            means = accelerator.reduce(torch.stack(list(terms.values())), "mean").tolist()
+            figures = dict(zip(terms, means, strict=True))
+            stopping = figures.pop("stopping") > 0
+            norm = accelerator.clip_grad_norm_(objective.parameters(), config.clip or math.inf)
+            figures["grad_norm"] = _whole(norm).item()
+            if bad := [name for name in ("loss", "grad_norm") if not math.isfinite(figures[name])]:
+                raise Error(f"The {bad[0]} is {figures[bad[0]]} at step {step}, pairs {keys}: {figures}.")
+            optimizer.step()
+            if config.ema:
+                weights = {name: p.detach() for name, p in objective.model.named_parameters()}
+                if average:
+                    get_ema_multi_avg_fn(config.ema)(list(average.values()), list(weights.values()), 0)
+                else:
+                    average = {name: p.clone() for name, p in weights.items()}
             figures |= {"lr": rate, "pictures_per_second": now.batch / (time.perf_counter() - began)}
             if log is not None:
                 log.write(step, figures)
                 progress("train", step + 1, config.steps, figures)
-                if stopping or (step + 1) % config.save_every == 0 or step + 1 == config.steps:
-                    _save(output, step + 1, model, optimiser, average)
+            if stopping or (step + 1) % config.save_every == 0 or step + 1 == config.steps:
+                _save(output, step + 1, objective, optimizer, average, rank)
             if stopping:
                 return False
     return True
 
 
-def _processes(device: str) -> tuple[int, int, str]:
-    """(rank, number of processes, this one's device); joins the group that torchrun describes."""
-    if "RANK" not in os.environ:
-        return 0, 1, device
-    if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-    if device == "cuda":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    return dist.get_rank(), dist.get_world_size(), device
-
-
-def _share(model: nn.Module, terms: dict[str, Tensor], stop: bool, world: int) -> bool:
-    """Average gradients and loss terms over the processes in one message; whether any of them wants to stop."""
-    if world == 1:
-        return stop
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    values = torch.stack([*terms.values(), next(iter(terms.values())).new_tensor(float(stop))])
-    flat = torch.cat([*(g.flatten() for g in gradients), values]) / world
-    dist.all_reduce(flat)
-    *parts, values = flat.split([*(g.numel() for g in gradients), len(values)])
-    for gradient, part in zip(gradients, parts, strict=True):
-        gradient.copy_(part.view_as(gradient))
-    for name, value in zip(terms, values, strict=False):
-        terms[name] = value
-    return bool(values[-1] > 0)
+def _accelerator(device: str) -> Accelerator:
+    """This process among those that torchrun or ``accelerate launch`` started, if they did."""
+    with _extra("Training"):
+        from accelerate import Accelerator
+        from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+    handlers = [
+        # Unused parameters (mask_token) keep DDP from making its buckets anew after the first step: a run that goes
+        # on adds up in the same order as one that was never cut.
+        DistributedDataParallelKwargs(
+            find_unused_parameters=True, gradient_as_bucket_view=True, broadcast_buffers=False
+        ),
+        InitProcessGroupKwargs(timeout=timedelta(days=1)),  # the others wait while the first makes the pairs
+    ]
+    # The run's config alone says how the loss is computed, whatever the launcher's settings.
+    options: dict[str, Any] = dict(mixed_precision="no", device_placement=False, kwargs_handlers=handlers)
+    accelerator = Accelerator(cpu=device == "cpu", **options)
+    kind = accelerator.distributed_type.value
+    if not (accelerator.is_fsdp2 or kind in ("NO", "MULTI_CPU", "MULTI_GPU")):
+        raise ConfigError(f"accelerate is configured for {kind}: choose one process, DDP or FSDP with fsdp_version 2.")
+    return accelerator
 
 
 def _prepare(
-    config: TrainConfig, data: str | Path, output: Path, classifier: nn.Module, progress: Progress, rank: int
+    config: TrainConfig,
+    data: str | Path,
+    output: Path,
+    classifier: nn.Module,
+    progress: Progress,
+    accelerator: Accelerator,
+    device: str,
 ) -> Pairs:
     """Check and write ``output``'s config, and make its pairs: the first process does, the others open them."""
     output.mkdir(parents=True, exist_ok=True)
     stored = output / "config.json"
-    if stored.exists() and TrainConfig.from_file(stored, memory=config.memory) != config:
+    free = {name: getattr(config, name) for name in MAY_CHANGE}
+    if stored.exists() and TrainConfig.from_file(stored, **free) != config:
         raise ConfigError(f"{output} holds a run of another config; choose another folder or repeat its options.")
-
-    def made() -> Pairs:
-        options: dict[str, Any] = dict(count=config.pairs, side=config.view, seed=config.seed)
-        options["progress"] = lambda done, total: progress("pairs", done, total, {})
+    options: dict[str, Any] = dict(count=config.pairs, side=config.view, seed=config.seed)
+    options["progress"] = lambda done, total: progress("pairs", done, total, {})
+    with accelerator.main_process_first():
+        if accelerator.is_main_process:
+            write_atomically(stored, lambda path: Path(path).write_text(json.dumps(asdict(config), indent=2) + "\n"))
         if Path(data).is_dir():
             return stored_pairs(output / "pairs", data, **options)
         images = PackedImages(data)
@@ -426,55 +552,84 @@ def _prepare(
         if not config.adversarial:
             options["eps"] = (0.0, 0.0)
         options["batch"] = 10 * max(1, 224 // config.view)
-        return adversarial_pairs(output / "pairs", images, classifier, **options)
+        return adversarial_pairs(output / "pairs", images, classifier.to(device), device=device, **options)
 
-    if rank == 0:
-        write_atomically(stored, lambda path: Path(path).write_text(json.dumps(asdict(config), indent=2) + "\n"))
-        made()
-    if dist.is_initialized():
-        dist.barrier()
-    return made()
+
+def _whole(x: Any) -> Any:
+    """A tensor on the CPU, gathered where it is sharded; every process must ask."""
+    return (x.full_tensor() if isinstance(x, DTensor) else x).detach().cpu()
+
+
+def _placed(x: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor on the device of ``like``, and sharded as it is."""
+    x = x.to(like.device)
+    return distribute_tensor(x, like.device_mesh, like.placements) if isinstance(like, DTensor) else x
 
 
 def _save(
-    output: Path, step: int, model: IMPure, optimiser: torch.optim.Optimizer, average: AveragedModel | None
+    output: Path,
+    step: int,
+    objective: Objective,
+    optimizer: torch.optim.Optimizer,
+    average: dict[str, Tensor],
+    rank: int,
 ) -> None:
-    state = {"step": step, "model": model.state_dict(), "optimizer": optimiser.state_dict()}
-    given: nn.Module = model
-    if average is not None:
-        state["average"], given = average.state_dict(), average.module
-    write_atomically(output / "checkpoint.pt", lambda path: torch.save(state, path))
-    save_safetensors(output / "model.safetensors", given.state_dict(), model.config, torch.float16)
-    plot_curves(output / "log.jsonl", output / "curves.png")
+    from accelerate.utils import recursively_apply
+
+    scales = {} if objective.log_scales is None else {"log_scales": objective.log_scales}
+    state = {"model": objective.model.state_dict(), "optimizer": optimizer.state_dict(), "average": average, **scales}
+    state = recursively_apply(_whole, state)
+    if rank == 0:
+        write_atomically(output / "checkpoint.pt", lambda path: torch.save({"step": step, **state}, path))
+        weights = state["model"] | state["average"]
+        save_safetensors(output / "model.safetensors", weights, objective.model.config, torch.float16)
+        plot_curves(output / "log.jsonl", output / "curves.png")
 
 
-def _restore(path: Path, model: nn.Module, optimiser: torch.optim.Optimizer, average: nn.Module | None) -> int:
+def _restore(path: Path, objective: Objective, optimizer: torch.optim.Optimizer) -> tuple[int, dict[str, Tensor]]:
+    """(the next step, the running average) of a checkpoint, whose other content goes where it belongs."""
     if not path.exists():
-        return 0
+        return 0, {}
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        model.load_state_dict(state["model"])
-        optimiser.load_state_dict(state["optimizer"])
-        if average is not None:
-            average.load_state_dict(state["average"])
+        own = dict(objective.model.named_parameters())
+        placed = [{n: _placed(x, own[n]) for n, x in state.get(part, {}).items()} for part in ("model", "average")]
+        objective.model.load_state_dict(placed[0])
+        if objective.log_scales is not None:
+            objective.log_scales.data.copy_(_placed(state["log_scales"], objective.log_scales))
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        moments = state["optimizer"]["state"]
+        for i, values in moments.items():
+            shape = parameters[i].shape
+            moments[i] = {n: _placed(x, parameters[i]) if x.shape == shape else x for n, x in values.items()}
+        optimizer.load_state_dict(state["optimizer"])
     except Exception as error:  # torch raises many kinds for damaged files
         raise CheckpointError(f"{path} cannot be resumed from: {error}. Remove it to start over.") from error
-    return int(state["step"])
+    return int(state["step"]), placed[1]
 
 
 class _Log:
-    """One JSON line a step; lines at or after ``start`` come from a cut run and are dropped."""
+    """One JSON line a step, and tensorboard/ if wished; what is there of ``start`` on comes from a cut run and goes."""
 
-    def __init__(self, path: Path, start: int) -> None:
+    def __init__(self, output: Path, start: int, tensorboard: bool) -> None:
+        path, self._board = output / "log.jsonl", None
+        if tensorboard:
+            with _extra("tensorboard=True"):
+                from torch.utils.tensorboard import SummaryWriter
+            self._board = SummaryWriter(str(output / "tensorboard"), purge_step=start)
         lines = path.read_text().splitlines() if path.exists() else []
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] < start]
-        path.write_text("".join(line + "\n" for line in kept))
+        write_atomically(path, lambda temporary: Path(temporary).write_text("".join(line + "\n" for line in kept)))
         self._file = path.open("a")
 
     def write(self, step: int, figures: dict[str, float]) -> None:
         rounded = {name: float(f"{value:.6g}") for name, value in figures.items()}
         self._file.write(json.dumps({"step": step, **rounded}) + "\n")
         self._file.flush()
+        if self._board is not None:
+            for name, value in figures.items():
+                self._board.add_scalar(name, value, step)
+            self._board.flush()
 
 
 def plot_curves(log: str | Path, picture: str | Path) -> None:

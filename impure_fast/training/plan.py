@@ -17,7 +17,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from ..memory import POLICIES, kept_by
 from ..model import IMPure
-from .loop import Networks, TrainConfig, draw, step_losses
+from .loop import OPTIMIZERS, Networks, TrainConfig, draw, step_losses
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -62,6 +62,16 @@ def blocks_of(model: IMPure) -> dict[str, nn.Module]:
     return {f"{name} block {b}": block for name, blocks in groups.items() for b, block in enumerate(blocks)}
 
 
+def _moment(parameter: Tensor, optimizer: str) -> int:
+    """Bytes of one of AdamW's two moments.  torchao keeps small ones whole; others are codes of a byte, one scale for
+    256 of them and a table of 256 values.
+    """
+    count = parameter.numel()
+    if optimizer == "adamw8bit" and count >= 4096 and count % 256 == 0:
+        return count + 4 * count // 256 + 4 * 256
+    return size_of([parameter])
+
+
 def size_of(tensors: Iterable[Tensor]) -> int:
     """Bytes."""
     return sum(x.numel() * x.element_size() for x in tensors)
@@ -71,13 +81,14 @@ def size_of(tensors: Iterable[Tensor]) -> int:
 class Plan:
     """Bytes a process holds.
 
-    fixed: {"weights", "gradients", "optimiser", "running average", "guide weights"}.
-    activations: {policy: {part: bytes}}; memory: the policy of the run.
+    fixed: {"weights", "gradients", "optimizer", "running average", "guide weights"}.
+    activations: {policy: {part: bytes}}; memory: the policy of the run; optimizers: {name: bytes}.
     """
 
     fixed: dict[str, int]
     activations: dict[str, dict[str, int]]
     memory: str
+    optimizers: dict[str, int]
 
     def again(self, policy: str) -> int:
         """At most so much is computed again at once: the largest block's results that ``policy`` does not keep."""
@@ -104,7 +115,11 @@ class Plan:
             figures = (sum(parts.values()), self.again(policy), self.total(policy))
             switches.add_row(name, *map(mib, figures), mib(self.total(self.memory) - self.total(policy)))
         batch = sum(self.activations[self.memory].values()) // 2
-        switches.caption = f"half the batch saves about {mib(batch)}, ema=0 {mib(self.fixed['running average'])}"
+        eight = self.fixed["optimizer"] - self.optimizers["adamw8bit"]
+        switches.caption = (
+            f"half the batch saves about {mib(batch)}, ema=0 {mib(self.fixed['running average'])}, "
+            f"optimizer=adamw8bit {mib(eight)}"
+        )
         return held, switches
 
 
@@ -117,11 +132,12 @@ def plan(networks: Networks, config: TrainConfig, processes: int = 1) -> Plan:
     for crop, batch in sorted(config.crops, key=lambda pair: pair[0] ** 2 * pair[1])[-1:]:
         config = replace(config, crop=crop, batch=batch, crops=())
     model = networks.model
-    trained = size_of(p for p in model.parameters() if p.requires_grad)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizers = {name: 2 * sum(_moment(p, name) for p in trained) for name in OPTIMIZERS}
     fixed = {
         "weights": size_of((*model.parameters(), *model.buffers())),
-        "gradients": trained,
-        "optimiser": 2 * trained,  # AdamW's two moments
+        "gradients": size_of(trained),
+        "optimizer": optimizers[config.optimizer],
         "running average": size_of(model.parameters()) if config.ema else 0,
         **{f"{name} weights": size_of((*m.parameters(), *m.buffers())) for name, m in networks.judges().items()},
     }
@@ -134,13 +150,13 @@ def plan(networks: Networks, config: TrainConfig, processes: int = 1) -> Plan:
             activations[policy] = _activations(networks, config, batch)
     finally:
         model.kept = before
-    return Plan(fixed, activations, config.memory)
+    return Plan(fixed, activations, config.memory, optimizers)
 
 
 def _activations(networks: Networks, config: TrainConfig, batch: int) -> dict[str, int]:
     model, judges = networks.model, networks.judges()
     device = next(model.parameters()).device
-    draws, mixing = draw(config, model.config, batch, 0, device=device)
+    draws, mixing = draw(config, model.config, range(batch), 0, device)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fake: Callable[[Tensor], Tensor] = mode.from_tensor
         images, clean = torch.empty(2, batch, 3, config.crop, config.crop, device=device)
