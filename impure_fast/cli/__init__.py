@@ -18,7 +18,7 @@ def make_app() -> typer.Typer:
     """The typer application."""
     import typer
 
-    from . import evaluate, files, purify, show, train
+    from . import evaluate, files, purify, serve, show, train
     from .common import plain_ending
 
     app = typer.Typer(
@@ -29,7 +29,7 @@ def make_app() -> typer.Typer:
         pretty_exceptions_enable=False,
     )
     for command in (
-        *(purify.purify, show.demo, show.info, show.models),
+        *(purify.purify, serve.serve, show.demo, show.info, show.models),
         *(files.data, files.convert, files.export),
         *(train.train, evaluate.evaluate),
     ):
