@@ -83,9 +83,7 @@ def read_image(path: str | Path) -> Picture:
     return _picture(Path(path), str(path), _READABLE, None)
 
 
-def decode_image(
-    data: bytes, name: str, formats: Sequence[str] = _READABLE, max_pixels: int | None = None
-) -> Picture:
+def decode_image(data: bytes, name: str, formats: Sequence[str] = _READABLE, max_pixels: int | None = None) -> Picture:
     """``read_image`` of a file's content; errors call it ``name``.
 
     formats: Pillow's names of those to take; max_pixels: what the picture may unpack to, None for Pillow's own limit.

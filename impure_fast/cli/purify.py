@@ -40,9 +40,7 @@ def purify(
     inputs: Annotated[
         list[str], typer.Argument(metavar="INPUT", help="Image files, and folders of them; s3://... too.")
     ],
-    output: Annotated[
-        str, typer.Option("--output", "-o", help="A file, for one image; or a folder, made if missing.")
-    ],
+    output: Annotated[str, typer.Option("--output", "-o", help="A file, for one image; or a folder, made if missing.")],
     model: Annotated[str, typer.Option(help="Shipped name, weights file or hub id.")] = "impure_tiny",
     seed: Annotated[
         int | None, typer.Option(min=0, help="Repeat the same draws; unset: fresh for every image.")
@@ -179,9 +177,7 @@ def _identity(path: Place) -> Any:
         return path
 
 
-def _plan(
-    found: list[tuple[Place, Path]], place: Callable[[Path], Place], problems: list[str]
-) -> dict[Place, Place]:
+def _plan(found: list[tuple[Place, Path]], place: Callable[[Path], Place], problems: list[str]) -> dict[Place, Place]:
     """{result: file} of every image whose result takes no other's place; the others become ``problems``."""
     originals = {_identity(file): file for file, _ in found}
     wanted = {(_identity(file), place(relative)): file for file, relative in found}  # a file named twice counts once

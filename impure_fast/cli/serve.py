@@ -95,4 +95,6 @@ def _check(settings: Settings, host: str, port: int) -> None:
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise InputError(f"{host}:{port} cannot be listened at: {error.strerror}; choose another --port.") from error
+            raise InputError(
+                f"{host}:{port} cannot be listened at: {error.strerror}; choose another --port."
+            ) from error

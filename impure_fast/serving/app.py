@@ -1,6 +1,7 @@
 """The routes of the service, without Ray: limits and checks, then ``Batcher``, ``Engine`` and the classifier.
 
-upload -> limits, type -> decode -> Batcher -> Engine (-> classifier) -> PNG or JSON.  Every refusal is JSON: {"error": sentence}.
+upload -> limits, type -> decode -> Batcher -> Engine (-> classifier) -> PNG or JSON.
+Every refusal is JSON: {"error": sentence}.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from torch import Tensor
 
 from .. import __version__, zoo
 from ..engine import Engine
@@ -70,7 +70,6 @@ class Service:
         self.engine.warmup()
         self.batcher = Batcher(self._run, settings.batch_wait)
         self.held = 0
-        self.stopping = False
         self._pace = 0.0  # seconds a picture, of the last batch
 
     def _run(self, kind: tuple[str, tuple[int, ...], int | None], pictures: list[Pixels]) -> list[Any]:
@@ -100,11 +99,7 @@ class Service:
     @contextlib.contextmanager
     def hold(self) -> Iterator[None]:
         """A place among the requests that are held at once, or 503."""
-        if self.stopping:
-            raise HTTPException(503, "The service is stopping.", {"Retry-After": "5"})
-        if self.held >= self.settings.queue:
-            wait = max(1, math.ceil(self.held * self._pace))
-            raise HTTPException(503, f"{self.held} requests are held, the limit.", {"Retry-After": str(wait)})
+        self.check_room()
         self.held += 1
         self.metrics.queue(self.held)
         try:
@@ -139,6 +134,11 @@ class Service:
         with self.hold():
             return JSONResponse((await self.process(request, "/classify"))[1])
 
+    def check_room(self) -> None:
+        if self.held >= self.settings.queue:
+            wait = max(1, math.ceil(self.held * self._pace))
+            raise HTTPException(503, f"{self.held} requests are held, the limit.", {"Retry-After": str(wait)})
+
     def check_health(self) -> None:
         """Raises Error where no batch can be run any more."""
         if not self.batcher.running:
@@ -150,8 +150,7 @@ class Service:
 
     async def readyz(self, request: Request) -> Response:
         self.check_health()
-        if self.stopping:
-            raise HTTPException(503, "The service is stopping.", {"Retry-After": "5"})
+        self.check_room()
         return JSONResponse({"status": "ready"})
 
     async def info(self, request: Request) -> Response:
@@ -165,10 +164,7 @@ def make_app(service: Service) -> Starlette:
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         service.batcher.start()
-        yield
-        service.stopping = True
-        while service.held:  # a server that lets its requests end first has none left here
-            await asyncio.sleep(0.05)
+        yield  # servers let their requests end before they go on
         await service.batcher.stop()
 
     def route(path: str, method: str, handler: Callable[[Request], Awaitable[Response]]) -> Route:

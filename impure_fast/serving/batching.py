@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -70,10 +71,8 @@ class Batcher:
                 if len(jobs) == oldest.size or left <= 0:
                     self._waiting = [job for job in self._waiting if job not in jobs]
                     return jobs
-            try:
+            with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), left)
-            except asyncio.TimeoutError:
-                pass
 
     async def _work(self) -> None:
         loop = asyncio.get_running_loop()

@@ -24,6 +24,7 @@ RETRIES = 3  # of a block whose actor died
 
 Result = tuple[Place, list[str], str | None]  # target, warnings, what went wrong
 
+
 def purify_file(engine: Engine, file: Place, target: Place, options: Mapping[str, Any]) -> list[str]:
     """Purify one picture alone, so always stream 0; returns warnings.  options: of ``Engine.purify``."""
     picture = read_image(file) if isinstance(file, Path) else decode_image(read(file), file)

@@ -33,6 +33,6 @@ def connect(address: str | None, cpus: int | None = None, metrics_port: int | No
         try:
             ray.init(logging_level="WARNING", **attempt)
             return
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
+        except Exception as error:  # Ray raises many kinds, and bare ones
+            reason = str(error).partition("\n")[0]
     raise BackendError(f"No connection to Ray at {address}: {reason}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from ray import serve
@@ -83,8 +84,10 @@ def build(args: dict[str, Any]) -> serve.Application:
 
 def start(application: serve.Application, host: str, port: int) -> None:
     """Serve on the cluster that Ray is connected to; returns once the replicas are ready."""
-    serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
-    serve.run(application, name=NAME)
+    quiet = {"log_level": "WARNING"}
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port}, logging_config=quiet)
+    serve.run(application, name=NAME, logging_config=quiet)
 
 
 def stop() -> None:

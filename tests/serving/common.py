@@ -92,7 +92,10 @@ class Crowd:
                 path, body, wanted = chosen.choice(cases)
                 try:
                     answer = post(port, path, body)
-                    status, wrong = answer.status, answer.status == 200 and not np.array_equal(decoded(answer.body), wanted)
+                    status, wrong = (
+                        answer.status,
+                        answer.status == 200 and not np.array_equal(decoded(answer.body), wanted),
+                    )
                 except (OSError, http.client.HTTPException):
                     status, wrong = "broken", False
                 with lock:
@@ -230,7 +233,10 @@ def hostile(port, seed, most):
         "wrong type": (send(lambda: valid, other_type), {415}),
         "other format": (send(lambda: encoded(pixels(8, 8), other_format)), {415}),
         "huge": (bare(lambda: head(chance.choice((most + 1, 10**12)))), {413}),
-        "endless": (bare(lambda: head(None, "Transfer-Encoding: chunked\r\n") + block * (most // 65536 + 2)), {413, None}),
+        "endless": (
+            bare(lambda: head(None, "Transfer-Encoding: chunked\r\n") + block * (most // 65536 + 2)),
+            {413, None},
+        ),
         "slow": (bare(lambda: head(1000) + valid[:100], pause=0.1), {408}),
         "stopped": (bare(lambda: head(len(valid) + 50) + valid), {408}),
         "cut": (bare(half, answer=False), {None}),

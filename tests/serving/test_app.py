@@ -1,6 +1,5 @@
 """The routes over real sockets, without Ray: results, refusals, limits, batches, shutdown."""
 
-import asyncio
 import contextlib
 import dataclasses
 import random
@@ -279,6 +278,7 @@ def test_beyond_the_queue_is_503(weights):
             assert (refused.status, refused.error) == (503, "3 requests are held, the limit.")
             assert int(refused.headers["retry-after"]) >= 1
             assert ask(running.port, "GET", "/healthz").status == 200
+            assert ask(running.port, "GET", "/readyz").status == 503
         for thread in threads:
             thread.join()
         assert [answer.status for answer in answers] == [200] * 3
@@ -391,18 +391,6 @@ def test_a_dead_loop_is_unhealthy(weights):
         until(lambda: not running.service.batcher.running)
         assert ask(running.port, "GET", "/healthz").status == 500
         assert ask(running.port, "GET", "/readyz").status == 500
-
-
-def test_while_stopping_nothing_is_taken(weights):
-    service = Service(Settings(model=weights))
-    service.stopping = True
-
-    async def taken():
-        with service.hold():
-            pass
-
-    with pytest.raises(HTTPException, match="The service is stopping"):
-        asyncio.run(taken())
 
 
 @pytest.mark.parametrize(
