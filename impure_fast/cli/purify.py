@@ -136,7 +136,7 @@ def _placing(inputs: list[Place], output: Place, format: Format | None) -> Calla
         if output.exists() and not output.is_dir():
             raise InputError(f"{output} exists and is no folder; name a folder or an image ({' '.join(SUFFIXES)}).")
         return lambda relative: output / relative.with_suffix(ending)
-    if len(inputs) != 1 or not isinstance(inputs[0], Path) or inputs[0].is_dir():
+    if len(inputs) != 1 or (isinstance(inputs[0], Path) and inputs[0].is_dir()):
         raise InputError(f"{output} is one image, but INPUT is a folder or more than one; name a folder instead.")
     if format and suffix.replace("jpeg", "jpg") != f".{format.value}":
         raise InputError(f"--format {format.value} contradicts {output}; leave one of them out.")

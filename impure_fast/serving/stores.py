@@ -36,13 +36,14 @@ def find_in_store(address: str, recursive: bool) -> list[tuple[Place, Path]]:
 
     try:
         top = store.get_file_info(path)
-        if top.type == fs.FileType.NotFound:
-            raise MissingFileError(f"{address} does not exist.")
-        if top.type == fs.FileType.File:
-            return [(address, Path(PurePosixPath(path).name))]
-        inside = store.get_file_info(fs.FileSelector(path, recursive=recursive))
+        folder = top.type == fs.FileType.Directory
+        inside = store.get_file_info(fs.FileSelector(path, recursive=recursive)) if folder else []
     except OSError as error:
         raise _failed(address, "listed", error) from error
+    if top.type == fs.FileType.NotFound:
+        raise MissingFileError(f"{address} does not exist.")
+    if not folder:
+        return [(address, Path(PurePosixPath(path).name))]
     found: list[tuple[Place, Path]] = []
     for info in inside:
         relative = PurePosixPath(info.path).relative_to(PurePosixPath(path))
