@@ -83,7 +83,9 @@ def read_image(path: str | Path) -> Picture:
     return _picture(Path(path), str(path), _READABLE, None)
 
 
-def decode_image(data: bytes, name: str, formats: Sequence[str] = _READABLE, max_pixels: int | None = None) -> Picture:
+def decode_image(
+    data: bytes, name: str, formats: tuple[str, ...] = _READABLE, max_pixels: int | None = None
+) -> Picture:
     """``read_image`` of a file's content; errors call it ``name``.
 
     formats: Pillow's names of those to take; max_pixels: what the picture may unpack to, None for Pillow's own limit.
@@ -92,7 +94,7 @@ def decode_image(data: bytes, name: str, formats: Sequence[str] = _READABLE, max
     return _picture(io.BytesIO(data), name, formats, max_pixels)
 
 
-def _picture(source: Path | io.BytesIO, name: str, formats: Sequence[str], max_pixels: int | None) -> Picture:
+def _picture(source: Path | io.BytesIO, name: str, formats: tuple[str, ...], max_pixels: int | None) -> Picture:
     image, animated = _load(source, name, formats, max_pixels)
     warning = f"{name} is animated; only its first frame is used." if animated else None
     if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion would clip it
@@ -106,7 +108,7 @@ def _picture(source: Path | io.BytesIO, name: str, formats: Sequence[str], max_p
 
 
 def _load(
-    source: Path | io.BytesIO, name: str, formats: Sequence[str], max_pixels: int | None
+    source: Path | io.BytesIO, name: str, formats: tuple[str, ...], max_pixels: int | None
 ) -> tuple[Image.Image, bool]:
     """The decoded first frame, upright, and whether there are others."""
     try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -45,12 +46,12 @@ class Worker:
         self._engine, self._options = engine, options
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        warnings, problem = [], ""
+        said, problem = [], ""
         try:
-            warnings = purify_file(self._engine, place(row["file"]), place(row["target"]), self._options)
+            said = purify_file(self._engine, place(row["file"]), place(row["target"]), self._options)
         except Error as error:
             problem = str(error)
-        return {"target": row["target"], "warnings": "\n".join(warnings), "problem": problem}
+        return {"target": row["target"], "warnings": "\n".join(said), "problem": problem}
 
 
 def purify_files(
@@ -64,7 +65,7 @@ def purify_files(
     import ray
     from ray.data import ActorPoolStrategy, DataContext
 
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -72,16 +73,20 @@ def purify_files(
     gpus = int(engine.devices[0].type == "cuda")
     workers = workers or max(1, int(ray.cluster_resources().get("GPU" if gpus else "CPU", 1)))
     pairs = {_name(target): (target, file) for target, file in jobs.items()}
+    worker: Any = Worker  # ray.data's annotation knows functions alone
     rows = [{"file": _name(file), "target": name} for name, (_, file) in pairs.items()]
-    dataset = ray.data.from_items(rows, override_num_blocks=math.ceil(len(rows) / BLOCK)).map(
-        Worker,
-        fn_constructor_args=(engine, dict(options)),
-        compute=ActorPoolStrategy(size=min(workers, math.ceil(len(rows) / BLOCK))),
-        num_cpus=1,
-        num_gpus=gpus,
-        max_restarts=-1,
-        max_task_retries=RETRIES,
-    )
+    blocks = math.ceil(len(rows) / BLOCK)
+    with warnings.catch_warnings():  # Ray deprecates the last two, which have no other name yet
+        warnings.simplefilter("ignore")
+        dataset = ray.data.from_items(rows, override_num_blocks=blocks).map(
+            worker,
+            fn_constructor_args=(engine, dict(options)),
+            compute=ActorPoolStrategy(size=min(workers, blocks)),
+            num_cpus=1,
+            num_gpus=gpus,
+            max_restarts=-1,
+            max_task_retries=RETRIES,
+        )
     for row in dataset.iter_rows():
         target, _ = pairs.pop(row["target"])
         yield target, row["warnings"].splitlines(), row["problem"] or None

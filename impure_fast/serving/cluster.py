@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import Any
 
@@ -31,7 +32,7 @@ def connect(address: str | None, cpus: int | None = None, metrics_port: int | No
         attempts = [dict(address="local", **own)]
     for attempt in attempts:
         try:
-            ray.init(logging_level="WARNING", **attempt)
+            ray.init(logging_level=logging.WARNING, **attempt)
             return
         except Exception as error:  # Ray raises many kinds, and bare ones
             reason = str(error).partition("\n")[0]

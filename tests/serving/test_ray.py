@@ -204,9 +204,16 @@ def test_the_end_answers_what_was_accepted(served):
     assert statuses == [200] * 12
 
 
-def command(environment, *arguments, **options):
+def purify(environment, *arguments, during=lambda process: None):
+    """(stdout, stderr) of the command; during: called beside it."""
     line = [sys.executable, "-m", "impure_fast.cli", "purify", *map(str, arguments)]
-    return subprocess.Popen(line, cwd=ROOT, env=environment, text=True, stdout=-1, stderr=-1, **options)
+    for _ in range(4):  # as above
+        process = subprocess.Popen(line, cwd=ROOT, env=environment, text=True, stdout=-1, stderr=-1)
+        during(process)
+        text, errors = process.communicate()
+        if "timed out during startup" not in errors:
+            break
+    return text, errors
 
 
 def contents(folder):
@@ -219,24 +226,30 @@ def test_a_cluster_writes_what_the_local_command_writes(environment, tmp_path):
     for i in range(count):
         Image.fromarray(pixels(8, 8, seed=i)).save(source / f"{i:04}.png")
     (source / "broken.png").write_bytes(b"no picture")
-    local = command(environment, source, "-o", tmp_path / "local", "--seed", 1)
-    assert local.communicate()[0].startswith(f"purified {count}, skipped 0, failed 1; ")
+    text, errors = purify(environment, source, "-o", tmp_path / "local", "--seed", 1)
+    assert text.startswith(f"purified {count}, skipped 0, failed 1; "), errors
 
-    target = tmp_path / "cluster"
-    cluster = command(environment, source, "-o", target, "--seed", 1, "--ray", "auto", "--workers", 2)
-    until(lambda: target.is_dir() and len(os.listdir(target)) > count // 4)
-    workers = named(cluster.pid, "ray::MapWorker")
-    assert len(workers) == 2, processes(cluster.pid)
-    os.kill(workers[0], signal.SIGKILL)
-    text, errors = cluster.communicate()
+    target, killed = tmp_path / "cluster", []
+
+    def kill(process):
+        until(lambda: process.poll() is not None or (target.is_dir() and len(os.listdir(target)) > count // 4), 900)
+        if process.poll() is None:
+            workers = named(process.pid, "ray::MapWorker")
+            assert len(workers) == 2, processes(process.pid)
+            os.kill(workers[0], signal.SIGKILL)
+            killed.append(workers[0])
+
+    on_ray = (source, "-o", target, "--seed", 1, "--ray", "auto", "--workers", 2)
+    text, errors = purify(environment, *on_ray, during=kill)
+    assert killed, errors
     assert text.startswith(f"purified {count}, skipped 0, failed 1; "), errors
     assert f"{source / 'broken.png'} is not an image of a known kind" in errors
     assert contents(target) == contents(tmp_path / "local")
 
     for name in ("0000.png", "1999.png"):
         (target / name).unlink()
-    again = command(environment, source, "-o", target, "--seed", 1, "--ray", "auto", "--workers", 2)
-    assert again.communicate()[0].startswith(f"purified 2, skipped {count - 2} ")
+    text, errors = purify(environment, *on_ray)
+    assert text.startswith(f"purified 2, skipped {count - 2} "), errors
     assert contents(target) == contents(tmp_path / "local")
 
 
