@@ -16,8 +16,9 @@ from typing import Any
 import torch
 
 from ..engine import Engine
-from ..errors import Error
+from ..errors import BackendError, Error
 from ..images import decode_image, encode_image, read_image, write_image
+from .cluster import first_line
 from .stores import Place, place, read, write
 
 BLOCK = 16  # pictures handed to an actor at once
@@ -60,6 +61,7 @@ def purify_files(
     """Purify {target: file} on the cluster that Ray is connected to; yields what became of each.
 
     Every machine must see the files under these names.  A block of pictures whose actor died is done again.
+    Raises BackendError where Ray gives up.
     workers: actors, one CPU each and, for an engine on CUDA, one GPU; None takes what the cluster has.
     """
     import ray
@@ -87,11 +89,14 @@ def purify_files(
             max_restarts=-1,
             max_task_retries=RETRIES,
         )
-    for row in dataset.iter_rows():
-        target, _ = pairs.pop(row["target"])
-        yield target, row["warnings"].splitlines(), row["problem"] or None
+    try:
+        for row in dataset.iter_rows():
+            target, _ = pairs.pop(row["target"])
+            yield target, row["warnings"].splitlines(), row["problem"] or None
+    except ray.exceptions.RayError as error:
+        raise BackendError(f"The work on Ray ended: {first_line(error)}") from error
     for target, file in pairs.values():
-        yield target, [], f"{file}: the worker that had it, or a neighbour in its block, died {RETRIES + 1} times."
+        yield target, [], f"{file}: the worker that had it, or a neighbour in its block, failed again and again."
 
 
 def _name(place: Place) -> str:

@@ -11,6 +11,11 @@ from ..errors import BackendError, MissingExtraError
 OBJECT_STORE = 256 * 2**20  # bytes; pictures never lie in it
 
 
+def first_line(error: Exception) -> str:
+    """Ray's errors carry the traceback and the log of another process behind it."""
+    return str(error).strip().partition("\n")[0]
+
+
 def connect(address: str | None, cpus: int | None = None, metrics_port: int | None = None) -> None:
     """Connect to a Ray cluster, or start one on this machine.
 
@@ -35,5 +40,5 @@ def connect(address: str | None, cpus: int | None = None, metrics_port: int | No
             ray.init(logging_level=logging.WARNING, **attempt)
             return
         except Exception as error:  # Ray raises many kinds, and bare ones
-            reason = str(error).partition("\n")[0]
+            reason = first_line(error)
     raise BackendError(f"No connection to Ray at {address}: {reason}")

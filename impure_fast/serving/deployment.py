@@ -9,7 +9,9 @@ from ray import serve
 from ray.serve import metrics
 from starlette.applications import Starlette
 
+from ..errors import BackendError
 from .app import Metrics, Service, make_app
+from .cluster import first_line
 from .settings import Settings
 
 NAME = "impure-fast"
@@ -83,11 +85,14 @@ def build(args: dict[str, Any]) -> serve.Application:
 
 
 def start(application: serve.Application, host: str, port: int) -> None:
-    """Serve on the cluster that Ray is connected to; returns once the replicas are ready."""
+    """Serve on the cluster that Ray is connected to; returns once the replicas are ready.  Raises BackendError."""
     quiet = {"log_level": "WARNING"}
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port}, logging_config=quiet)
-    serve.run(application, name=NAME, logging_config=quiet)
+    try:
+        serve.run(application, name=NAME, logging_config=quiet)
+    except RuntimeError as error:
+        raise BackendError(f"The service did not start: {first_line(error)} Ray's log above tells why.") from error
 
 
 def stop() -> None:
