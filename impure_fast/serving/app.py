@@ -11,7 +11,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -78,7 +78,7 @@ class Service:
         began = time.perf_counter()
         self.metrics.batch(len(pictures))
         images = torch.stack([torch.from_numpy(rgb) for rgb in pictures]).permute(0, 3, 1, 2)  # [N, 3, H, W]
-        steps = dict(image_step=self.settings.image_step, feature_step=self.settings.feature_step)
+        steps: dict[str, Any] = dict(image_step=self.settings.image_step, feature_step=self.settings.feature_step)
         purified = self.engine.purify(images, seed=seed, **steps).permute(0, 2, 3, 1).contiguous().numpy()
         results: list[Any] = list(purified)
         if route == "/classify":
@@ -244,7 +244,7 @@ async def _upload(request: Request, limit: int) -> bytes:
     raise HTTPException(400, "The form holds no file; send the picture as one (curl -F image=@picture.png).")
 
 
-async def _limited(request: Request, most: int, limit: int) -> AsyncIterator[bytes]:
+async def _limited(request: Request, most: int, limit: int) -> AsyncGenerator[bytes, None]:
     """The body, until it is longer than ``most``; ``limit``: what the refusal names."""
     declared = request.headers.get("content-length", "0")
     count = int(declared) if declared.isdigit() else 0

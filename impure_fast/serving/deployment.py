@@ -15,17 +15,16 @@ from .cluster import first_line
 from .settings import Settings
 
 NAME = "impure-fast"
-SECONDS = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100]
-SIZES = [1, 2, 4, 8, 16, 32, 64, 128]
+SECONDS: list[float] = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100]
+SIZES: list[float] = [1, 2, 4, 8, 16, 32, 64, 128]
 
 
 class RayMetrics(Metrics):
     """Metrics of one replica; every node of Ray shows its own to Prometheus, under names with ``ray_`` in front."""
 
     def __init__(self) -> None:
-        self._requests = metrics.Counter(
-            "impure_fast_requests", description="Requests answered.", tag_keys=("route", "status")
-        )
+        both: Any = ("route", "status")  # Ray annotates a tuple of one
+        self._requests = metrics.Counter("impure_fast_requests", description="Requests answered.", tag_keys=both)
         self._seconds = metrics.Histogram(
             "impure_fast_request_seconds", description="Time to answer.", boundaries=SECONDS, tag_keys=("route",)
         )
@@ -65,7 +64,8 @@ def application(settings: Settings, replicas: int = 1, threads: int = 1) -> serv
     gpus = {"num_gpus": 1} if settings.device.startswith("cuda") else {}
     # A replica itself refuses what is too much, with a sentence; Ray's own limits only bound what may come at once.
     most = 4 * settings.queue + 64
-    return Purifier.options(
+    purifier: Any = Purifier  # Ray's annotation of the decorator hides that it gives a deployment
+    return purifier.options(
         num_replicas=replicas,
         ray_actor_options={"num_cpus": threads, **gpus},
         max_ongoing_requests=most,
