@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from .. import __version__, zoo
+from .. import zoo
 from ..engine import Engine
 from ..errors import Error, ImageTooLargeError
 from ..evaluation.targets import Target, load_target
@@ -154,7 +155,7 @@ class Service:
         return JSONResponse({"status": "ready"})
 
     async def info(self, request: Request) -> Response:
-        report = {"version": __version__, "settings": asdict(self.settings), "held": self.held}
+        report = {"version": _version(), "settings": asdict(self.settings), "held": self.held}
         return JSONResponse({**report, "backends": last_backends(), "engine": self.engine.stats()})
 
 
@@ -191,6 +192,13 @@ def make_app(service: Service) -> Starlette:
         exception_handlers={HTTPException: _refusal},
         lifespan=lifespan,
     )
+
+
+def _version() -> str | None:
+    try:
+        return version("impure-fast")
+    except PackageNotFoundError:  # run from a tree
+        return None
 
 
 async def _refusal(request: Request, error: Any) -> Response:

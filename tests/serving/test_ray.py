@@ -242,7 +242,7 @@ def test_a_cluster_writes_what_the_local_command_writes(environment, tmp_path):
     on_ray = (source, "-o", target, "--seed", 1, "--ray", "auto", "--workers", 2)
     text, errors = purify(environment, *on_ray, during=kill)
     assert killed, errors
-    assert text.startswith(f"purified {count}, skipped 0, failed 1; "), errors
+    assert text.startswith(f"purified {count}, skipped 0, failed 1; "), text + errors
     assert f"{source / 'broken.png'} is not an image of a known kind" in errors
     assert contents(target) == contents(tmp_path / "local")
 
