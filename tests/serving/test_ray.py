@@ -76,22 +76,26 @@ def free_port():
         return probe.getsockname()[1]
 
 
+def started(line, environment, log, sign):
+    """The process, in a group of its own, once its log shows the sign."""
+    for _ in range(4):  # Ray gives itself 30 s to start, which a busy machine may exceed
+        with open(log, "w") as file:
+            options = dict(cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+            process = subprocess.Popen([str(part) for part in line], **options)
+        until(lambda process=process: sign in log.read_text() or process.poll() is not None)
+        if process.poll() is None:
+            return process
+    return pytest.fail(log.read_text())
+
+
 class Served:
-    """``impure-fast serve`` in a process group of its own."""
+    """``impure-fast serve``."""
 
     def __init__(self, environment, log, *options):
         self.port, self.metrics_port, self.log = free_port(), free_port(), log
         ports = ("--port", self.port, "--metrics-port", self.metrics_port)
-        command = [sys.executable, "-m", "impure_fast.cli", "serve", *map(str, (*ports, *options))]
-        for _ in range(3):  # Ray gives itself 30 s to start, which a busy machine may exceed
-            with open(log, "w") as file:
-                self.process = subprocess.Popen(
-                    command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
-                )
-            until(lambda: "purifying at" in log.read_text() or self.process.poll() is not None)
-            if self.process.poll() is None:
-                return
-        pytest.fail(log.read_text())
+        line = [sys.executable, "-m", "impure_fast.cli", "serve", *ports, *options]
+        self.process = started(line, environment, log, "purifying at")
 
     def replicas(self):
         return named(self.process.pid, "ray::ServeReplica")
@@ -261,10 +265,8 @@ def test_the_config_file_runs(environment, tmp_path, cases):
         text = text.replace(old, new)
     (tmp_path / "serving.yaml").write_text(text)
     line = [Path(sys.executable).parent / "serve", "run", tmp_path / "serving.yaml"]
-    with open(log, "w") as file:
-        process = subprocess.Popen(line, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
+    process = started(line, environment, log, "is ready at")
     try:
-        until(lambda: "is ready at" in log.read_text() or process.poll() is not None)
         path, body, wanted = cases[0]
         assert np.array_equal(decoded(post(port, path, body).body), wanted)
     finally:
