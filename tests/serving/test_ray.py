@@ -1,5 +1,6 @@
 """The service and the bulk command on a real Ray of their own: load, killed processes, hostile clients, the end."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -265,10 +266,16 @@ def test_the_config_file_runs(environment, tmp_path, cases):
         text = text.replace(old, new)
     (tmp_path / "serving.yaml").write_text(text)
     line = [Path(sys.executable).parent / "serve", "run", tmp_path / "serving.yaml"]
-    process = started(line, environment, log, "is ready at")
+    process = started(line, environment, log, "Submitted deploy config successfully")
+
+    def ready():
+        with contextlib.suppress(OSError):
+            return ask(port, "GET", "/readyz").status == 200
+
     try:
+        until(ready)
         path, body, wanted = cases[0]
         assert np.array_equal(decoded(post(port, path, body).body), wanted)
     finally:
         process.send_signal(signal.SIGINT)
-        process.wait(60)
+        process.wait(120)
