@@ -93,7 +93,7 @@ def purify(
         if ray is not None:
             from ..serving.cluster import connect
 
-            connect(ray, workers, logs=False)  # the summary alone is for stdout
+            connect(ray, workers)
         results = _here(network, todo, options) if ray is None else purify_files(network, todo, options, workers)
         began = time.perf_counter()
         with progress_bar() as progress:

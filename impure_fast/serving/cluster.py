@@ -16,12 +16,11 @@ def first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
 
 
-def connect(address: str | None, cpus: int | None = None, metrics_port: int | None = None, logs: bool = True) -> None:
+def connect(address: str | None, cpus: int | None = None, metrics_port: int | None = None) -> None:
     """Connect to a Ray cluster, or start one on this machine.
 
     address: of a cluster; "auto" takes one that runs on this machine, or starts one; "local" always starts one.
-    cpus: that a new one hands out, None for all; metrics_port: where a new one shows its metrics to Prometheus;
-    logs: print here what the processes of this work say.
+    cpus: that a new one hands out, None for all; metrics_port: where a new one shows its metrics to Prometheus.
     Raises MissingExtraError or BackendError.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anybody
@@ -38,7 +37,7 @@ def connect(address: str | None, cpus: int | None = None, metrics_port: int | No
         attempts = [dict(address="local", **own)]
     for attempt in attempts:
         try:
-            ray.init(logging_level=logging.WARNING, log_to_driver=logs, **attempt)
+            ray.init(logging_level=logging.WARNING, **attempt)
             return
         except Exception as error:  # Ray raises many kinds, and bare ones
             reason = first_line(error)
