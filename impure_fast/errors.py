@@ -32,6 +32,10 @@ class ImageFileError(Error, OSError):
     """An image file cannot be read or written."""
 
 
+class ImageTooLargeError(ImageFileError):
+    """An image file unpacks to more pixels than are allowed."""
+
+
 class BackendError(Error, RuntimeError):
     """A demanded backend cannot run here."""
 

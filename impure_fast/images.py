@@ -13,14 +13,14 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from .errors import ImageFileError, InputError, MissingFileError
+from .errors import ImageFileError, ImageTooLargeError, InputError, MissingFileError
 
 Pixels = NDArray[np.uint8]
 
@@ -82,9 +82,23 @@ def read_image(path: str | Path) -> Picture:
 
     Raises ImageFileError or MissingFileError naming the file.
     """
-    path = Path(path)
-    image, animated = _load(path)
-    warning = f"{path} is animated; only its first frame is used." if animated else None
+    return _picture(Path(path), str(path), _READABLE, None)
+
+
+def decode_image(
+    data: bytes, name: str, formats: tuple[str, ...] = _READABLE, max_pixels: int | None = None
+) -> Picture:
+    """``read_image`` of a file's content; errors call it ``name``.
+
+    formats: Pillow's names of those to take; max_pixels: what the picture may unpack to, None for Pillow's own limit.
+    Raises ImageFileError; ImageTooLargeError beyond the limit, before anything is unpacked.
+    """
+    return _picture(io.BytesIO(data), name, formats, max_pixels)
+
+
+def _picture(source: Path | io.BytesIO, name: str, formats: tuple[str, ...], max_pixels: int | None) -> Picture:
+    image, animated = _load(source, name, formats, max_pixels)
+    warning = f"{name} is animated; only its first frame is used." if animated else None
     if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion would clip it
         values = np.asarray(image).astype(np.uint32)
         grey = ((values + 128) // 257).astype(np.uint8)  # 65535 -> 255, rounded
@@ -95,34 +109,44 @@ def read_image(path: str | Path) -> Picture:
     return Picture(np.array(image.convert("RGB")), None, warning)
 
 
-def _load(path: Path) -> tuple[Image.Image, bool]:
+def _load(
+    source: Path | io.BytesIO, name: str, formats: tuple[str, ...], max_pixels: int | None
+) -> tuple[Image.Image, bool]:
     """The decoded first frame, upright, and whether there are others."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about odd metadata, which nobody here reads
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=_READABLE) as file:
+            with Image.open(source, formats=formats) as file:
+                if max_pixels is not None and file.width * file.height > max_pixels:
+                    raise ImageTooLargeError(
+                        f"{name} unpacks to {file.width} x {file.height} pixels; the limit is {max_pixels:,}. "
+                        "Scale it down first."
+                    )
                 # Cameras store a preview as a second picture (MPO); that is no animation.
                 animated = getattr(file, "is_animated", False) and file.format != "MPO"
                 file.load()
                 return ImageOps.exif_transpose(file), animated
+    except ImageTooLargeError:
+        raise
     except FileNotFoundError as error:
-        raise MissingFileError(f"{path} does not exist.") from error
+        raise MissingFileError(f"{name} does not exist.") from error
     except UnidentifiedImageError as error:
-        if os.path.getsize(path) == 0:
-            raise ImageFileError(f"{path} is empty (0 bytes).") from error
-        raise ImageFileError(f"{path} is not an image of a known kind ({', '.join(_READABLE)}).") from error
+        size = os.path.getsize(source) if isinstance(source, Path) else source.getbuffer().nbytes
+        if size == 0:
+            raise ImageFileError(f"{name} is empty (0 bytes).") from error
+        raise ImageFileError(f"{name} is not an image of a known kind ({', '.join(formats)}).") from error
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise ImageFileError(
-            f"{path} unpacks to more than {Image.MAX_IMAGE_PIXELS:,} pixels, the limit that keeps a small file from "
+        raise ImageTooLargeError(
+            f"{name} unpacks to more than {Image.MAX_IMAGE_PIXELS:,} pixels, the limit that keeps a small file from "
             "filling the memory (PIL.Image.MAX_IMAGE_PIXELS). Scale it down first."
         ) from error
     except OSError as error:
         if error.errno is not None:
-            raise ImageFileError(f"{path} cannot be read: {error.strerror}.") from error
-        raise ImageFileError(f"{path} is damaged: {error}.") from error
+            raise ImageFileError(f"{name} cannot be read: {error.strerror}.") from error
+        raise ImageFileError(f"{name} is damaged: {error}.") from error
     except Exception as error:  # Pillow raises many kinds for damaged files
-        raise ImageFileError(f"{path} is damaged: {error}.") from error
+        raise ImageFileError(f"{name} is damaged: {error}.") from error
 
 
 def decode(data: bytes) -> Pixels:
@@ -137,19 +161,38 @@ def write_image(path: str | Path, rgb: Pixels, alpha: Pixels | None = None) -> s
     Raises ImageFileError; a file already there stays as it was until the new one is whole.
     """
     path = Path(path)
-    options = _SAVE.get(path.suffix.lower())
-    if options is None:
-        raise ImageFileError(f"{path} has no suffix of a format that is written ({' '.join(SUFFIXES)}).")
-    dropped = options is _JPEG and alpha is not None
-    image = Image.fromarray(rgb if alpha is None or dropped else np.dstack((rgb, alpha)))
+    image, options, warning = _to_save(path, rgb, alpha)
     try:
         write_atomically(path, lambda temporary: image.save(temporary, **options))
     except (OSError, ValueError) as error:  # ValueError: sides too long for the format
         _cannot_write(path, error)
-    return f"{path}: a JPEG holds no transparency, so it was dropped." if dropped else None
+    return warning
 
 
-def _cannot_write(path: Path, error: Exception) -> NoReturn:
+def encode_image(name: str | Path, rgb: Pixels, alpha: Pixels | None = None) -> tuple[bytes, str | None]:
+    """The bytes of the file that ``write_image`` would write under this name, and what it returns."""
+    image, options, warning = _to_save(name, rgb, alpha)
+    buffer = io.BytesIO()
+    try:
+        image.save(buffer, **options)
+    except (OSError, ValueError) as error:
+        _cannot_write(name, error)
+    return buffer.getvalue(), warning
+
+
+def _to_save(name: str | Path, rgb: Pixels, alpha: Pixels | None) -> tuple[Image.Image, dict[str, Any], str | None]:
+    """The image, how to save it, and a sentence about what its format cannot hold."""
+    options = _SAVE.get(PurePath(name).suffix.lower())
+    if options is None:
+        raise ImageFileError(f"{name} has no suffix of a format that is written ({' '.join(SUFFIXES)}).")
+    if alpha is None:
+        return Image.fromarray(rgb), options, None
+    if options is _JPEG:
+        return Image.fromarray(rgb), options, f"{name}: a JPEG holds no transparency, so it was dropped."
+    return Image.fromarray(np.dstack((rgb, alpha))), options, None
+
+
+def _cannot_write(path: str | Path, error: Exception) -> NoReturn:
     raise ImageFileError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}.") from error
 
 

@@ -143,7 +143,7 @@ def over_tiles(
         done = function(tiles, image, place)
         if rows * cols == 1:
             return done[:, :, :height, :width]
-        columns = (done * window).view(n, count, -1).transpose(1, 2)
+        columns = (done * window).reshape(n, count, -1).transpose(1, 2)
         total[:, :, strip] += F.fold(columns, shape, (th, tw), stride=tiling.stride)
         ones = window.reshape(1, -1, 1).expand(1, -1, count)
         weight[:, :, strip] += F.fold(ones, shape, (th, tw), stride=tiling.stride)

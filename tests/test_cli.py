@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -564,6 +565,23 @@ def test_missing_extra_is_one_sentence(package):
     assert cli.MISSING == 'impure-fast needs the extra "cli": pip install "impure-fast[cli]".'
 
 
+def test_serve_refuses_before_it_starts_anything(run, weights):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        for arguments, message in (
+            (("--model", "impure_huge"), "impure_huge is no shipped model and no file;"),
+            (("--precision", "fp16"), "precision='fp16': on cpu choose one of fp32, bf16, int8."),
+            (("--device", "cuda:99"), "--device cuda:99 cannot be used here: "),
+            (("--classifier", "nowhere:net"), "nowhere:net: No module named 'nowhere'; wanted package.module:factory"),
+            (("--timeout", 0), "timeout=0.0: wanted seconds."),
+            (("--port", port), f"127.0.0.1:{port} cannot be listened at: Address already in use;"),
+        ):
+            code, text, errors = run("serve", "--model", weights, *arguments)
+            assert (code, text, errors[: 7 + len(message)]) == (1, "", f"error: {message}")
+
+
 def test_help_is_quick_and_loads_nothing_heavy():
     code = """
 import sys
@@ -577,5 +595,5 @@ finally:
     ended = python(code)
     assert time.perf_counter() - began < 3
     assert (ended.returncode, ended.stderr.strip()) == (0, "")
-    for command in ("purify", "demo", "info", "models", "data", "convert", "export", "train"):
+    for command in ("purify", "serve", "demo", "info", "models", "data", "convert", "export", "train"):
         assert command in ended.stdout

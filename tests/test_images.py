@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from impure_fast.errors import ImageFileError, MissingFileError
+from impure_fast.errors import ImageFileError, ImageTooLargeError, MissingFileError
 from impure_fast.images import (
+    decode_image,
+    encode_image,
     encode_jpeg,
     find_images,
     jpeg_bytes,
@@ -173,6 +175,30 @@ def test_decompression_bomb(tmp_path, monkeypatch, limit):
         f"{path} unpacks to more than {limit} pixels, the limit that keeps a small file from filling the memory "
         "(PIL.Image.MAX_IMAGE_PIXELS). Scale it down first."
     )
+
+
+def test_bytes_are_read_and_written_as_files_are(tmp_path):
+    for name, channels in (("a.png", 4), ("a.webp", 4), ("a.jpg", 3), ("b.jpg", 4)):
+        values = pixels(channels=channels)
+        rgb, alpha = values[:, :, :3], values[:, :, 3] if channels == 4 else None
+        data, warning = encode_image(tmp_path / name, rgb, alpha)
+        assert warning == write_image(tmp_path / name, rgb, alpha)
+        assert data == (tmp_path / name).read_bytes()
+        ours, theirs = decode_image(data, "it"), read_image(tmp_path / name)
+        assert np.array_equal(ours.rgb, theirs.rgb)
+        assert np.array_equal(ours.alpha, theirs.alpha) if ours.alpha is not None else theirs.alpha is None
+    for bad, message in ((b"", "it is empty"), (b"text", "it is not an image"), (data[:200], "it is damaged")):
+        with pytest.raises(ImageFileError, match=message):
+            decode_image(bad, "it")
+    with pytest.raises(ImageFileError, match=r"it is not an image of a known kind \(PNG, WEBP\)"):
+        decode_image(data, "it", ("PNG", "WEBP"))
+
+
+def test_own_limit_of_pixels():
+    data, _ = encode_image("a.png", pixels(12, 16))
+    assert decode_image(data, "it", max_pixels=192).rgb.shape == (12, 16, 3)
+    with pytest.raises(ImageTooLargeError, match=r"^it unpacks to 16 x 12 pixels; the limit is 191\. Scale it down"):
+        decode_image(data, "it", max_pixels=191)
 
 
 def test_missing_file(tmp_path):

@@ -289,6 +289,12 @@ def test_layout_of_the_images_does_not_matter_and_they_are_not_changed(layout):
     assert torch.equal(images, before)
 
 
+@pytest.mark.parametrize("shape", [(1, 300), (300, 1), (1, 1)])
+def test_pictures_narrower_than_a_patch_go_through(shape):
+    images = random_images(2, 3, *shape)
+    assert small_model().purify(images, seed=0).shape == images.shape
+
+
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32], ids=str)
 def test_empty_batch_comes_back_empty(dtype):
     images = torch.zeros(0, 3, 20, 24, dtype=dtype)

@@ -18,7 +18,7 @@ def make_app() -> typer.Typer:
     """The typer application."""
     import typer
 
-    from . import attack, evaluate, files, purify, show, train
+    from . import attack, evaluate, files, purify, serve, show, train
     from .common import plain_ending
 
     app = typer.Typer(
@@ -29,7 +29,7 @@ def make_app() -> typer.Typer:
         pretty_exceptions_enable=False,
     )
     for command in (
-        *(purify.purify, show.demo, show.info, show.models),
+        *(purify.purify, serve.serve, show.demo, show.info, show.models),
         *(files.data, files.convert, files.export),
         *(attack.attack, train.train, train.finetune, evaluate.evaluate),
     ):

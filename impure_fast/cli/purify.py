@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from enum import Enum
-from pathlib import Path
-from typing import Annotated, Any
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..config import NUM_STEPS
 from ..errors import Error, InputError
 from .common import check_device, end, progress_bar, say
+
+if TYPE_CHECKING:
+    from ..serving.bulk import Result
+    from ..serving.stores import Place
 
 
 class Format(str, Enum):
@@ -34,10 +37,10 @@ class Arithmetic(str, Enum):
 
 
 def purify(
-    inputs: Annotated[list[Path], typer.Argument(metavar="INPUT", help="Image files, and folders of them.")],
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="A file, for one image; or a folder, made if missing.")
+    inputs: Annotated[
+        list[str], typer.Argument(metavar="INPUT", help="Image files, and folders of them; s3://... too.")
     ],
+    output: Annotated[str, typer.Option("--output", "-o", help="A file, for one image; or a folder, made if missing.")],
     model: Annotated[str, typer.Option(help="Shipped name, weights file or hub id.")] = "impure_tiny",
     seed: Annotated[
         int | None, typer.Option(min=0, help="Repeat the same draws; unset: fresh for every image.")
@@ -56,6 +59,11 @@ def purify(
     ] = Arithmetic.fp32,
     max_batch: Annotated[int | None, typer.Option(min=1, help="Tiles a network call; bounds memory.")] = None,
     device: Annotated[str, typer.Option(help="As torch names it.")] = "cpu",
+    ray: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="Work on a Ray cluster; auto: one that runs here, else a new one."),
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="With --ray; unset: one a CPU, or a GPU.")] = None,
 ) -> None:
     """Purify image files.
 
@@ -63,28 +71,39 @@ def purify(
     alone, never on the other files. Broken files are named at the end, the
     rest goes on; the exit code is then 1.
     """
-    place = _placing(inputs, output, format)
+    from ..serving.stores import existing, place
+
+    sources, out = [place(text) for text in inputs], place(output)
+    placing = _placing(sources, out, format)
     problems: list[str] = []
-    jobs = _plan(_find(inputs, output, recursive, problems), place, problems)
-    todo = {target: file for target, file in jobs.items() if overwrite or not os.path.exists(target)}
+    jobs = _plan(_find(sources, out, recursive, problems), placing, problems)
+    there = set() if overwrite else existing(jobs)
+    todo = {target: file for target, file in jobs.items() if target not in there}
     done, seconds = 0, 0.0
     if todo:
         from .. import zoo  # imports torch: not for a run that has nothing to do
         from ..engine import Engine
+        from ..serving.bulk import purify_files
 
-        check_device(device)
         sizes = None if max_batch is None else (max_batch,)
-        network = Engine(zoo.load(model), precision=precision.value, batch_sizes=sizes, device=device)
         options = dict(seed=seed, image_step=image_step, feature_step=feature_step)
+        if ray is None:
+            check_device(device)
+        network = Engine(zoo.load(model), precision=precision.value, batch_sizes=sizes, device=device)
+        if ray is not None:
+            from ..serving.cluster import connect
+
+            connect(ray, workers)
+        results = _here(network, todo, options) if ray is None else purify_files(network, todo, options, workers)
         began = time.perf_counter()
         with progress_bar() as progress:
-            for target, file in progress.track(todo.items(), description="purifying"):
-                try:
-                    for warning in _purify_file(network, file, target, device, options):
-                        say(f"warning: {warning}", "yellow", progress)
+            for _, warnings, problem in progress.track(results, total=len(todo), description="purifying"):
+                for warning in warnings:
+                    say(f"warning: {warning}", "yellow", progress)
+                if problem is None:
                     done += 1
-                except Error as error:
-                    problems.append(str(error))
+                else:
+                    problems.append(problem)
         seconds = time.perf_counter() - began
     skipped = len(jobs) - len(todo)
     hint = " (results exist; --overwrite replaces them)" if skipped else ""
@@ -92,52 +111,77 @@ def purify(
     end(problems, f"purified {done}, skipped {skipped}{hint}, failed {len(problems)}{rate}")
 
 
-def _placing(inputs: list[Path], output: Path, format: Format | None) -> Callable[[Path], Path]:
-    """relative path of an image -> path of its result.  Raises InputError where OUT does not fit the rest."""
+def _here(network: Any, jobs: Mapping[Place, Place], options: dict[str, Any]) -> Iterator[Result]:
+    """``serving.bulk.purify_files`` in this process."""
+    from ..serving.bulk import purify_file
+
+    for target, file in jobs.items():
+        try:
+            yield target, purify_file(network, file, target, options), None
+        except Error as error:
+            yield target, [], str(error)
+
+
+def _placing(inputs: list[Place], output: Place, format: Format | None) -> Callable[[Path], Place]:
+    """relative path of an image -> place of its result.  Raises InputError where OUT does not fit the rest."""
     from ..images import SUFFIXES
 
+    ending = f".{format.value if format else 'png'}"
+    if isinstance(output, str):
+        if PurePath(output).suffix.lower() in SUFFIXES:
+            raise InputError(f"{output} is one image; in an object store, name a folder.")
+        return lambda relative: f"{output.rstrip('/')}/{relative.with_suffix(ending).as_posix()}"
     suffix = output.suffix.lower()
     if suffix not in SUFFIXES or output.is_dir():
         if output.exists() and not output.is_dir():
             raise InputError(f"{output} exists and is no folder; name a folder or an image ({' '.join(SUFFIXES)}).")
-        return lambda relative: output / relative.with_suffix(f".{format.value if format else 'png'}")
-    if len(inputs) != 1 or inputs[0].is_dir():
+        return lambda relative: output / relative.with_suffix(ending)
+    if len(inputs) != 1 or (isinstance(inputs[0], Path) and inputs[0].is_dir()):
         raise InputError(f"{output} is one image, but INPUT is a folder or more than one; name a folder instead.")
     if format and suffix.replace("jpeg", "jpg") != f".{format.value}":
         raise InputError(f"--format {format.value} contradicts {output}; leave one of them out.")
     return lambda relative: output
 
 
-def _find(inputs: list[Path], output: Path, recursive: bool, problems: list[str]) -> list[tuple[Path, Path]]:
+def _find(inputs: list[Place], output: Place, recursive: bool, problems: list[str]) -> list[tuple[Place, Path]]:
     """Every (file, relative path) of INPUT; inputs that cannot be used become sentences in ``problems``."""
     from ..images import find_images
+    from ..serving.stores import find_in_store
 
-    found, out = [], output.resolve()
+    found: list[tuple[Place, Path]] = []
     for path in inputs:
         try:
-            files = find_images([path], recursive)
+            files = find_images([path], recursive) if isinstance(path, Path) else find_in_store(path, recursive)
         except Error as error:
             problems.append(str(error))
             continue
         # Results of an earlier run in a sub-folder of INPUT are no input of this one.
-        earlier = path.resolve() in out.parents
-        found += [(file, rel) for file, rel in files if not (earlier and out in file.resolve().parents)]
+        earlier = _inside(output, path)
+        found += [(file, relative) for file, relative in files if not (earlier and _inside(file, output))]
     return found
 
 
-def _identity(path: Path) -> Any:
+def _inside(place: Place, folder: Place) -> bool:
+    if isinstance(place, Path) and isinstance(folder, Path):
+        return folder.resolve() in place.resolve().parents
+    return str(place).startswith(f"{str(folder).rstrip('/')}/")
+
+
+def _identity(path: Place) -> Any:
     """Equal for two names of one file."""
+    if isinstance(path, str):
+        return path
     try:
         return (stat := path.stat()).st_dev, stat.st_ino
     except OSError:
         return path
 
 
-def _plan(found: list[tuple[Path, Path]], place: Callable[[Path], Path], problems: list[str]) -> dict[Path, Path]:
+def _plan(found: list[tuple[Place, Path]], place: Callable[[Path], Place], problems: list[str]) -> dict[Place, Place]:
     """{result: file} of every image whose result takes no other's place; the others become ``problems``."""
     originals = {_identity(file): file for file, _ in found}
     wanted = {(_identity(file), place(relative)): file for file, relative in found}  # a file named twice counts once
-    jobs: dict[Path, Path] = {}
+    jobs: dict[Place, Place] = {}
     for (_, target), file in wanted.items():
         if (original := originals.get(_identity(target))) is not None:
             problems.append(f"{file}: its result would overwrite the input {original}; choose another folder.")
@@ -146,16 +190,3 @@ def _plan(found: list[tuple[Path, Path]], place: Callable[[Path], Path], problem
         else:
             jobs[target] = file
     return jobs
-
-
-def _purify_file(network: Any, file: Path, target: Path, device: str, options: dict[str, Any]) -> list[str]:
-    """Purify one file; returns warnings."""
-    import torch
-
-    from ..images import read_image, write_image
-
-    picture = read_image(file)
-    image = torch.from_numpy(picture.rgb).permute(2, 0, 1).to(device)  # [3, H, W]
-    purified = network.purify(image, **options)  # alone, so always stream 0
-    warning = write_image(target, purified.permute(1, 2, 0).contiguous().cpu().numpy(), picture.alpha)
-    return [sentence for sentence in (picture.warning, warning) if sentence]

@@ -1,0 +1,100 @@
+"""``impure-fast serve``."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import threading
+from typing import Annotated, Any
+
+import typer
+
+from ..config import NUM_STEPS
+from ..errors import InputError
+from ..serving.settings import Settings
+from .common import check_device, say
+from .purify import Arithmetic
+
+DEFAULTS = Settings()
+
+
+def serve(
+    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0: all.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    metrics_port: Annotated[int, typer.Option(min=1, max=65535, help="For Prometheus: /metrics.")] = 8001,
+    replicas: Annotated[int, typer.Option(min=1, help="Processes, each with the model; with cuda, a GPU each.")] = 1,
+    threads: Annotated[int | None, typer.Option(min=1, help="A replica; unset: the CPUs shared out.")] = None,
+    model: Annotated[str, typer.Option(help="Shipped name, weights file or hub id.")] = DEFAULTS.model,
+    precision: Annotated[
+        Arithmetic, typer.Option(help="Of the arithmetic; the faster ones round more.")
+    ] = Arithmetic.fp32,
+    device: Annotated[str, typer.Option(help="As torch names it.")] = DEFAULTS.device,
+    image_step: Annotated[
+        int | None, typer.Option(min=0, max=NUM_STEPS - 1, help="Noise on the image; more hides more.")
+    ] = None,
+    feature_step: Annotated[
+        int | None, typer.Option(min=0, max=NUM_STEPS - 1, help="Noise on the features; more hides more.")
+    ] = None,
+    classifier: Annotated[
+        str | None, typer.Option(help="For /classify; a name as `impure-fast evaluate` takes, or module:factory.")
+    ] = None,
+    classifier_weights: Annotated[str | None, typer.Option(metavar="FILE", help="In place of a download.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures of one size that go through together.")] = DEFAULTS.batch,
+    batch_wait: Annotated[
+        float, typer.Option(min=0, help="Seconds that a picture waits for others.")
+    ] = DEFAULTS.batch_wait,
+    queue: Annotated[int, typer.Option(min=1, help="Requests a replica holds; the next gets 503.")] = DEFAULTS.queue,
+    max_bytes: Annotated[int, typer.Option(min=1, help="Of an upload.")] = DEFAULTS.max_bytes,
+    max_pixels: Annotated[int, typer.Option(min=1, help="Of a picture.")] = DEFAULTS.max_pixels,
+    upload_timeout: Annotated[float, typer.Option(help="Seconds for the upload.")] = DEFAULTS.upload_timeout,
+    timeout: Annotated[float, typer.Option(help="Seconds for the whole answer.")] = DEFAULTS.timeout,
+) -> None:
+    """Purify over HTTP: POST a picture to /purify; Ctrl-C answers what was accepted and ends.
+
+    docs/serving.md tells of the routes, the limits and of many machines.
+    """
+    given: dict[str, Any] = dict(model=model, precision=precision.value, device=device)
+    given |= dict(image_step=image_step, feature_step=feature_step)
+    given |= dict(classifier=classifier, classifier_weights=classifier_weights)
+    given |= dict(batch=batch, batch_wait=batch_wait, queue=queue, max_bytes=max_bytes, max_pixels=max_pixels)
+    settings = Settings(**given, upload_timeout=upload_timeout, timeout=timeout)
+    _check(settings, host, port)
+
+    from ..serving.cluster import connect
+
+    threads = threads or max(1, (os.cpu_count() or 1) // replicas)
+    connect("local", cpus=max(replicas * threads, os.cpu_count() or 1), metrics_port=metrics_port)
+    from ..serving import deployment
+
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    deployment.start(deployment.application(settings, replicas, threads), host, port)
+    say(f"purifying at http://{host}:{port}/purify, metrics at :{metrics_port}/metrics; Ctrl-C ends.")
+    stop.wait()
+    say("answering what was accepted.")
+    deployment.stop()
+
+
+def _check(settings: Settings, host: str, port: int) -> None:
+    """What would otherwise fail far from here, in a replica, with a traceback."""
+    from .. import zoo
+    from ..engine import Engine
+
+    check_device(settings.device)
+    Engine(zoo.load(settings.model), precision=settings.precision, device=settings.device)
+    if settings.classifier is not None:
+        from ..evaluation.targets import load_target
+
+        sys.path.insert(0, os.getcwd())  # an own classifier may lie here, as with python -m
+        load_target(settings.classifier, settings.classifier_weights)
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise InputError(
+                f"{host}:{port} cannot be listened at: {error.strerror}; choose another --port."
+            ) from error
