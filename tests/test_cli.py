@@ -356,10 +356,24 @@ def test_export_writes_a_program_and_refuses(tmp_path, run, weights):
     code, text, errors = run("export", out, "--model", weights, "--height", 24, "--width", 24)
     assert (code, text, errors) == (0, f"wrote {out} (program, pictures of 24 x 24)\n", "")
     images = torch.rand(1, 3, 24, 24)
-    got = torch.export.load(out).module()(images, torch.tensor(3), torch.tensor([0]))
+    got = torch.export.load(out).module()(images, torch.tensor([3]), torch.tensor([0]))
     assert (got - zoo.load(weights).purify(images, seed=3)).abs().max() <= 1e-5
     assert run("export", out, "--model", weights)[2] == f"error: {out} exists; --overwrite replaces it.\n"
     assert "must end in .onnx" in run("export", tmp_path / "a.pt2", "--format", "onnx")[2]
+    for both_or_neither in ([], [tmp_path / "a.pt2", "--triton", tmp_path], ["--triton", tmp_path, "--decomposed"]):
+        assert run("export", *both_or_neither)[2].startswith("error: Name one: OUT, a .pt2 or .onnx file, or --triton")
+
+
+def test_export_adds_to_a_model_repository(tmp_path, run, weights, monkeypatch):
+    """Without the export to ONNX itself, which takes long."""
+    from impure_fast.engine import export
+
+    monkeypatch.setattr(export, "export", lambda model, path, *size, format: picture(path.with_suffix(".png")))
+    arguments = ("export", "--triton", tmp_path / "models", "--model", weights, "--height", 24, "--width", 28)
+    folder = tmp_path / "models" / "small_24x28"
+    assert run(*arguments)[:2] == (0, f"wrote {folder} (Triton, pictures of 24 x 28)\n")
+    assert files(tmp_path / "models") == ["small_24x28/1/model.png", "small_24x28/config.pbtxt"]
+    assert run(*arguments)[2] == f"error: {folder / 'config.pbtxt'} exists; --overwrite replaces it.\n"
 
 
 @pytest.fixture
