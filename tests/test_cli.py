@@ -469,6 +469,19 @@ def test_demo_passes_its_options(tmp_path, run, monkeypatch):
     ]
 
 
+def test_app_serves_what_it_was_given(run, weights, monkeypatch):
+    from impure_fast import app
+
+    calls = []
+    monkeypatch.setattr(app, "launch", lambda model, host, port: calls.append((model.config.depth, host, port)))
+    assert run("app", "--model", weights) == run("app", "--model", weights, "--port", 80) == (0, "", "")
+    assert calls == [(1, "127.0.0.1", None), (1, "127.0.0.1", 80)]
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    message = 'error: The page needs the extra "app": pip install "impure-fast[app]".\n'
+    assert run("app", "--model", weights) == (1, "", message)
+
+
 def test_info_json(run):
     code, text, errors = run("info", "--json")
     assert (code, errors) == (0, "")
@@ -534,5 +547,5 @@ finally:
     ended = python(code)
     assert time.perf_counter() - began < 3
     assert (ended.returncode, ended.stderr.strip()) == (0, "")
-    for command in ("purify", "demo", "info", "models", "data", "convert", "export", "train"):
+    for command in ("purify", "demo", "app", "info", "models", "data", "convert", "export", "train"):
         assert command in ended.stdout

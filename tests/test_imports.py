@@ -26,6 +26,7 @@ LAYERS = (
     ("training", "evaluation"),
     ("serving",),
     ("demo",),
+    ("app",),
     ("cli",),
 )
 LAYER = {part: depth for depth, row in enumerate(LAYERS) for part in row}

@@ -29,7 +29,7 @@ def make_app() -> typer.Typer:
         pretty_exceptions_enable=False,
     )
     for command in (
-        *(purify.purify, show.demo, show.info, show.models),
+        *(purify.purify, show.demo, show.app, show.info, show.models),
         *(files.data, files.convert, files.export),
         *(train.train, evaluate.evaluate),
     ):
