@@ -143,8 +143,9 @@ def page(model: IMPure) -> Any:
         """The components that hold what ``shown`` gives."""
         options: dict[str, Any] = dict(format="png", interactive=False, height=260, buttons=["download", "fullscreen"])
         with gr.Column(min_width=220):
-            word = dict(label=f"classifier, {name}", elem_id=f"label-{name}")
-            found = [gr.Image(label=name, **options), gr.Label(**word)]
+            image = gr.Image(label=name, **options)
+            word = gr.Label(label=f"classifier, {name}", elem_id=f"label-{name}")
+            found: list[Any] = [image, word]
             if name != "clean":
                 found.append(gr.Image(label=f"{name} - clean, x 10", **options))
         return found
