@@ -22,7 +22,7 @@ from .classifiers import LITE0_MEAN, LITE0_SIZE, LITE0_STD, Normalised, efficien
 from .config import NUM_STEPS, IMPureConfig
 from .demo import NOTICE, SEED, decide, difference, photograph_files
 from .engine import Engine
-from .errors import ConfigError, Error, ImageFileError, MissingExtraError
+from .errors import ConfigError, Error, ImageFileError, InputError, MissingExtraError
 from .images import read_image
 from .model import IMPure
 from .purify import to_bytes, to_float
@@ -185,16 +185,22 @@ def page(model: IMPure) -> Any:
     return blocks
 
 
-def launch(model: IMPure, host: str, port: int | None, **options: Any) -> Any:
-    """Serve the page, to this machine alone unless ``host`` says otherwise, until Ctrl-C.
+def launch(model: IMPure, host: str = "127.0.0.1", port: int | None = None) -> tuple[Any, str]:
+    """Serve the page beside the caller -> ``gradio.Blocks`` (``block_thread()`` waits for Ctrl-C, ``close()`` ends it),
+    address.
 
-    port: None takes a free one from 7860 on.  options: further ones of ``gradio.Blocks.launch``, whose result is
-    returned.  Raises MissingExtraError.
+    host: on which to listen; port: None takes a free one from 7860 on.  Raises MissingExtraError, or InputError for
+    an address that cannot be had.
     """
     blocks = page(model)
     import gradio as gr
 
-    options |= dict(share=False, footer_links=[], run_history=False, enable_monitoring=False, ssr_mode=False)
+    options: dict[str, Any] = dict(share=False, ssr_mode=False, prevent_thread_lock=True, quiet=True)
+    options |= dict(footer_links=[], run_history=False, enable_monitoring=False, max_file_size="64mb")
     # The default theme's fonts come from the web.
-    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-    return blocks.launch(server_name=host, server_port=port, theme=theme, max_file_size="64mb", **options)
+    options["theme"] = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    try:
+        _, address, _ = blocks.launch(server_name=host, server_port=port, **options)
+    except OSError as error:
+        raise InputError(f"{host}, port {port or 'from 7860 on'}: taken or not allowed; choose others.") from error
+    return blocks, address

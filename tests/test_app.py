@@ -14,7 +14,7 @@ from PIL import Image
 
 from impure_fast import app, load
 from impure_fast.demo import PHOTOGRAPHS, SEED, photograph_files
-from impure_fast.errors import ConfigError, ImageFileError
+from impure_fast.errors import ConfigError, ImageFileError, InputError
 from impure_fast.purify import to_float
 from impure_fast.zoo import create_model
 
@@ -152,14 +152,7 @@ def served(tmp_path, monkeypatch):
     """served(model) -> address of a page that ends with the test."""
     gradio = pytest.importorskip("gradio", reason="the extra app is not installed")
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "gradio"))
-    addresses = []
-
-    def serve(model):
-        _, address, _ = app.launch(model, "127.0.0.1", None, prevent_thread_lock=True, quiet=True)
-        addresses.append(address)
-        return address
-
-    yield serve
+    yield lambda model: app.launch(model)[1]
     gradio.close_all(verbose=False)
 
 
@@ -194,6 +187,10 @@ def test_a_client_gets_pictures_labels_and_sentences(served, model, photo, tmp_p
     note, *others = session.predict(client.handle_file(tmp_path / "note.png"), api_name="/open")
     assert note == "note.png is not an image of a known kind (PNG, JPEG, WEBP, GIF, BMP)."
     assert not any(others)
+
+    port = urlsplit(address).port
+    with pytest.raises(InputError, match=rf"^127\.0\.0\.1, port {port}: taken or not allowed; choose others\.$"):
+        app.launch(model, port=port)
 
 
 @pytest.fixture

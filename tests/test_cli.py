@@ -473,9 +473,15 @@ def test_app_serves_what_it_was_given(run, weights, monkeypatch):
     from impure_fast import app
 
     calls = []
-    monkeypatch.setattr(app, "launch", lambda model, host, port: calls.append((model.config.depth, host, port)))
-    assert run("app", "--model", weights) == run("app", "--model", weights, "--port", 80) == (0, "", "")
-    assert calls == [(1, "127.0.0.1", None), (1, "127.0.0.1", 80)]
+
+    def launch(model, host, port):
+        calls.append((model.config.depth, host, port))
+        return types.SimpleNamespace(block_thread=lambda: calls.append("waited")), "http://here"
+
+    monkeypatch.setattr(app, "launch", launch)
+    assert run("app", "--model", weights) == (0, "", "the page is at http://here; Ctrl-C ends it\n")
+    assert run("app", "--model", weights, "--host", "0.0.0.0", "--port", 80)[0] == 0
+    assert calls == [(1, "127.0.0.1", None), "waited", (1, "0.0.0.0", 80), "waited"]
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "gradio", None)
     message = 'error: The page needs the extra "app": pip install "impure-fast[app]".\n'

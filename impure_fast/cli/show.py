@@ -65,7 +65,9 @@ def app(
     from .. import app as app_module
     from .. import zoo
 
-    app_module.launch(zoo.load(model), host, port)
+    page, address = app_module.launch(zoo.load(model), host, port)
+    say(f"the page is at {address}; Ctrl-C ends it")
+    page.block_thread()
 
 
 def info(as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False) -> None:
