@@ -59,10 +59,10 @@ class Trial:
     """A classifier, a purifier, and what can be done to a photograph between them."""
 
     def __init__(self, model: IMPure) -> None:
-        from timm.data import ImageNetInfo
-
-        self.model, self.names = model, ImageNetInfo()
         self.classifier = Normalised(efficientnet_lite0(), LITE0_MEAN, LITE0_STD).eval()
+        from timm.data import ImageNetInfo  # there, if the classifier is
+
+        self.names = ImageNetInfo()
         self._engine = functools.lru_cache(maxsize=2)(lambda chunks: Engine(with_chunks(model, chunks)))
 
     def open(self, path: str | Path) -> tuple[Tensor, list[str]]:
