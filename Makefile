@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
-EXTRAS := cli,timm,hub,demo,attack,perceptual,evaluate,art,train,bench,onnx,serve,docs,dev
+EXTRAS := cli,timm,hub,demo,app,attack,perceptual,evaluate,art,train,bench,onnx,serve,docs,dev
 BUILD_TOOLS := setuptools wheel ninja pybind11
 
 .DEFAULT_GOAL := help

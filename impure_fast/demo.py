@@ -72,14 +72,18 @@ def decide(classifier: nn.Module, images: Tensor) -> Tensor:
         return torch.cat([classifier(part) for part in images.split(BATCH)])
 
 
+def photograph_files() -> list[Path]:
+    """The files of PHOTOGRAPHS."""
+    return [Path(str(files("skimage"))) / "data" / name for name in PHOTOGRAPHS]
+
+
 def photograph_views(classifier: nn.Module, count: int, seed: int = SEED) -> Views:
     """``count`` random views of PHOTOGRAPHS in equal shares: crop, scale, flip; only views that the classifier
     names rightly.  What purification does to a view has no say."""
-    folder = Path(str(files("skimage"))) / "data"
     images, right, names = [], [], []
     share = -(-count // len(PHOTOGRAPHS))
-    for i, (name, classes) in enumerate(PHOTOGRAPHS.items()):
-        photograph = np.asarray(Image.open(folder / name).convert("RGB"))
+    for i, (path, classes) in enumerate(zip(photograph_files(), PHOTOGRAPHS.values(), strict=True)):
+        photograph = np.asarray(Image.open(path).convert("RGB"))
         rng = np.random.default_rng([seed, i])
         found = 0
         while found < share:
@@ -88,7 +92,7 @@ def photograph_views(classifier: nn.Module, count: int, seed: int = SEED) -> Vie
                 if decision in classes and found < share:
                     images.append(view)
                     right.append(classes)
-                    names.append(Path(name).stem)
+                    names.append(path.stem)
                     found += 1
     return Views(torch.stack(images)[:count], right[:count], names[:count])
 
@@ -225,18 +229,22 @@ def processor_name() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
+def difference(images: Tensor, clean: Tensor) -> Tensor:
+    """The difference, ten times, around middle grey."""
+    return ((images - clean) * 10 + 0.5).clamp(0, 1)
+
+
 def draw(path: str | Path, classifier: nn.Module, views: Views, adversarial: Tensor, purified: Tensor) -> None:
     """One row a picture: clean | adversarial | purified | perturbation x 10, the classifier's word under each."""
     from matplotlib.figure import Figure
     from timm.data import ImageNetInfo
 
     names, clean = ImageNetInfo(), views.images
-    difference = ((adversarial - clean) * 10 + 0.5).clamp(0, 1)
     columns: Sequence[tuple[str, Tensor]] = (
         ("clean", clean),
         ("adversarial, PGD at 8/255", adversarial),
         ("purified", purified),
-        ("perturbation x 10", difference),
+        ("perturbation x 10", difference(adversarial, clean)),
     )
     figure = Figure(figsize=(9.6, 2.7 * len(clean)), layout="constrained")
     axes = figure.subplots(len(clean), len(columns), squeeze=False)

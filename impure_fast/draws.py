@@ -118,14 +118,14 @@ class Draws:
     ) -> Draws:
         """Draws for images of ``shape`` [N, 3, H, W].
 
-        seed: 64-bit key; None takes fresh entropy from the operating system.
+        seed: 64-bit key, or [N] int64, one an image; None takes fresh entropy from the operating system.
         streams: one integer an image (default 0..N-1); equal (seed, stream) gives equal draws.
         training: also draw table positions and steps; otherwise they are the centre and the config's.
         Raises InputError where the shape does not fit the config.
         """
         rows, cols, chunk = grid_of(config, shape)
         n, tokens, k = shape[0], rows * cols, config.num_chunks
-        seed = seed_or_fresh(seed)
+        seed = seed_or_fresh(seed, (n,))
         ids = stream_ids(streams, n, device)
         if config.random_order:
             order = uniform(seed, ids, ORDER, tokens).argsort(dim=1, stable=True)

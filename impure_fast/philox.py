@@ -22,14 +22,17 @@ _ROUNDS = 10
 POSITION, ORDER, IMAGE_STEP, IMAGE_NOISE, FEATURE_STEP, FEATURE_NOISE, MIX_ORDER, MIX_CHUNKS, ATTACK = range(9)
 
 
-Seed = int | Tensor  # a tensor, 0-d int64, where a captured or exported graph takes the seed as an input
+Seed = int | Tensor  # a tensor, int64, where a captured or exported graph takes the seed as an input
 
 
-def seed_or_fresh(seed: Seed | None) -> Seed:
-    """The seed itself; for None one of 63 bits from the operating system's entropy."""
+def seed_or_fresh(seed: Seed | None, shape: tuple[int, ...] = ()) -> Seed:
+    """The seed itself; for None one of 63 bits from the operating system's entropy.
+
+    shape: that a tensor may have in place of (): [N] for one seed an image.
+    """
     if seed is None:
         return secrets.randbits(63)
-    if isinstance(seed, Tensor) and seed.dtype == torch.int64 and seed.ndim == 0:
+    if isinstance(seed, Tensor) and seed.dtype == torch.int64 and (seed.ndim == 0 or seed.shape == shape):
         return seed
     try:
         return operator.index(seed)
@@ -38,7 +41,10 @@ def seed_or_fresh(seed: Seed | None) -> Seed:
 
 
 def philox(seed: int | Tensor, streams: Tensor, purpose: int, count: int) -> Tensor:
-    """``count`` 32-bit words a stream, as int64 in [0, 2**32).  streams: [N] int64 -> [N, count]."""
+    """``count`` 32-bit words a stream, as int64 in [0, 2**32).  streams: [N] int64 -> [N, count].
+
+    seed: of all streams, or [N] int64, one a stream.
+    """
     blocks = torch.arange((count + 3) // 4, device=streams.device)
     shape = (streams.shape[0], blocks.shape[0])
     # int64 products wrap modulo 2**64, so a shift and a mask give the exact high word.
@@ -46,6 +52,8 @@ def philox(seed: int | Tensor, streams: Tensor, purpose: int, count: int) -> Ten
     c1 = (streams & _MASK32)[:, None].expand(shape)
     c2 = ((streams >> 32) & _MASK32)[:, None].expand(shape)
     c3 = torch.full(shape, purpose, dtype=torch.int64, device=streams.device)
+    if isinstance(seed, Tensor) and seed.ndim:
+        seed = seed[:, None]
     k0, k1 = seed & _MASK32, (seed >> 32) & _MASK32
     for _ in range(_ROUNDS):
         p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57

@@ -365,6 +365,20 @@ def test_export_writes_a_program_and_refuses(tmp_path, run, weights):
     assert (got - zoo.load(weights).purify(images, seed=3)).abs().max() <= 1e-5
     assert run("export", out, "--model", weights)[2] == f"error: {out} exists; --overwrite replaces it.\n"
     assert "must end in .onnx" in run("export", tmp_path / "a.pt2", "--format", "onnx")[2]
+    for both_or_neither in ([], [tmp_path / "a.pt2", "--triton", tmp_path], ["--triton", tmp_path, "--decomposed"]):
+        assert run("export", *both_or_neither)[2].startswith("error: Name one: OUT, a .pt2 or .onnx file, or --triton")
+
+
+def test_export_adds_to_a_model_repository(tmp_path, run, weights, monkeypatch):
+    """Without the export to ONNX itself, which takes long."""
+    from impure_fast.engine import export
+
+    monkeypatch.setattr(export, "export", lambda model, path, *size, format: picture(path.with_suffix(".png")))
+    arguments = ("export", "--triton", tmp_path / "models", "--model", weights, "--height", 24, "--width", 28)
+    folder = tmp_path / "models" / "small_24x28"
+    assert run(*arguments)[:2] == (0, f"wrote {folder} (Triton, pictures of 24 x 28)\n")
+    assert files(tmp_path / "models") == ["small_24x28/1/model.png", "small_24x28/config.pbtxt"]
+    assert run(*arguments)[2] == f"error: {folder / 'config.pbtxt'} exists; --overwrite replaces it.\n"
 
 
 @pytest.fixture
@@ -513,6 +527,25 @@ def test_demo_passes_its_options(tmp_path, run, monkeypatch):
     ]
 
 
+def test_app_serves_what_it_was_given(run, weights, monkeypatch):
+    from impure_fast import app
+
+    calls = []
+
+    def launch(model, host, port):
+        calls.append((model.config.depth, host, port))
+        return types.SimpleNamespace(block_thread=lambda: calls.append("waited")), "http://here"
+
+    monkeypatch.setattr(app, "launch", launch)
+    assert run("app", "--model", weights) == (0, "", "the page is at http://here; Ctrl-C ends it\n")
+    assert run("app", "--model", weights, "--host", "0.0.0.0", "--port", 80)[0] == 0
+    assert calls == [(1, "127.0.0.1", None), "waited", (1, "0.0.0.0", 80), "waited"]
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    message = 'error: The page needs the extra "app": pip install "impure-fast[app]".\n'
+    assert run("app", "--model", weights) == (1, "", message)
+
+
 def test_info_json(run):
     code, text, errors = run("info", "--json")
     assert (code, errors) == (0, "")
@@ -595,5 +628,8 @@ finally:
     ended = python(code)
     assert time.perf_counter() - began < 3
     assert (ended.returncode, ended.stderr.strip()) == (0, "")
-    for command in ("purify", "serve", "demo", "info", "models", "data", "convert", "export", "train"):
+    for command in (
+        *("purify", "serve", "demo", "app", "info", "models", "data", "convert", "export", "train"),
+        *("finetune", "attack", "evaluate"),
+    ):
         assert command in ended.stdout

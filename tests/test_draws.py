@@ -7,9 +7,9 @@ import random
 import pytest
 import torch
 
-from impure_fast import Draws
+from impure_fast import Draws, backend
 from impure_fast.draws import MixDraws, fixed_order
-from impure_fast.errors import InputError
+from impure_fast.errors import InputError, InputTypeError
 from impure_fast.philox import FEATURE_NOISE, IMAGE_NOISE, ORDER, integers, normal, philox, uniform
 
 from .conftest import global_generator_untouched, small_config
@@ -160,6 +160,17 @@ def test_seed_fixes_the_draws_and_none_takes_fresh_ones():
     assert equal_draws(Draws.sample(config, SHAPE, 2**63 + 5), Draws.sample(config, SHAPE, 2**63 + 5))
     assert not equal_draws(Draws.sample(config, SHAPE, 1), Draws.sample(config, SHAPE, 2))
     assert not equal_draws(Draws.sample(config, SHAPE, None), Draws.sample(config, SHAPE, None))
+
+
+def test_each_image_can_have_its_own_seed():
+    config, seeds = small_config(), (5, -1, 2**40)
+    with backend("reference"):  # as a seed in a tensor has it
+        together = Draws.sample(config, SHAPE, torch.tensor(seeds), [7, 7, 7], training=True)
+        for i, seed in enumerate(seeds):
+            alone = Draws.sample(config, (1, *SHAPE[1:]), seed, [7], training=True)
+            assert equal_draws(together.slice(i, i + 1), alone)
+    with pytest.raises(InputTypeError, match=r"seed is tensor\(\[5, 6\]\); wanted an integer or None\."):
+        Draws.sample(config, SHAPE, torch.tensor([5, 6]))
 
 
 def test_global_generator_is_neither_read_nor_moved():

@@ -1,5 +1,6 @@
 """Exported purifiers give what model.purify gives, on photographs, for any batch."""
 
+import importlib.util
 import re
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import torch
 from PIL import Image
 
 from impure_fast import can_run, load
-from impure_fast.engine.export import export, export_program
+from impure_fast.engine.export import export, export_program, export_triton
 from impure_fast.errors import InputError
 from impure_fast.purify import to_float
 
@@ -45,18 +46,73 @@ def test_a_program_gives_the_models_pictures(photographs, decomposed, tmp_path):
     agrees(program.module(), model, photographs)
 
 
-def test_onnxruntime_gives_the_models_pictures(photographs, tmp_path):
+@pytest.fixture(scope="module")
+def triton(tmp_path_factory):
+    """A model folder for Triton, and its model as onnxruntime, the server's backend, runs it."""
     onnxruntime = pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
-    model = small_model()
-    export(model, path := tmp_path / "purifier.onnx", 30, 40, format="onnx")
-    session = onnxruntime.InferenceSession(path)
-    names = [value.name for value in session.get_inputs()]
-    assert names == ["images", "seed", "streams"] and {p.name for p in tmp_path.iterdir()} == {path.name}
+    folder = tmp_path_factory.mktemp("models") / "purifier"
+    export_triton(small_model(), folder, 30, 40)
+    return folder, onnxruntime.InferenceSession(folder / "1" / "model.onnx")
 
-    def run(*inputs):
+
+def test_onnxruntime_gives_the_models_pictures(photographs, triton):
+    folder, session = triton
+    names = [value.name for value in session.get_inputs()]
+    assert names == ["images", "seed", "streams"]
+    assert [path.name for path in (folder / "1").iterdir()] == ["model.onnx"]
+
+    def run(images, seed, streams):
+        inputs = (images, seed.expand(len(images)), streams)
         return session.run(None, dict(zip(names, (x.numpy() for x in inputs), strict=True)))[0]
 
-    agrees(run, model, photographs)
+    agrees(run, small_model(), photographs)
+
+
+def test_requests_that_triton_batches_get_what_each_gets_alone(photographs, triton):
+    _, session = triton
+    requests = []  # (images [B, 3, H, W], seed [B, 1], streams [B, 1]), as clients send them
+    for images, seeds, streams in (
+        (photographs[:1], [7], [0]),
+        (photographs[1:], [-3, 2**62], [4, 4]),
+        (photographs[:1], [7], [1]),
+        (photographs[:1], [7], [0]),
+    ):
+        requests.append((images.numpy(), np.array(seeds)[:, None], np.array(streams)[:, None]))
+
+    def run(images, seed, streams):
+        return session.run(None, {"images": images, "seed": seed.reshape(-1), "streams": streams.reshape(-1)})[0]
+
+    batched = np.split(run(*map(np.concatenate, zip(*requests, strict=True))), [1, 3, 4])
+    model = small_model()
+    for (images, seeds, streams), got in zip(requests, batched, strict=True):
+        assert np.abs(got - run(images, seeds, streams)).max() <= 1e-5
+        for i, (image, seed, stream) in enumerate(zip(images, seeds, streams, strict=True)):
+            wanted = model.purify(torch.from_numpy(image)[None], seed=int(seed[0]), streams=stream.tolist())[0]
+            assert np.abs(got[i] - wanted.numpy()).max() <= 1e-5
+    assert np.abs(batched[0] - batched[2]).max() > 1e-2  # other streams, other pictures
+    assert np.abs(batched[0] - batched[3]).max() <= 1e-5
+
+
+def test_the_config_is_of_tritons_schema_and_fits_the_model(triton):
+    client = importlib.util.find_spec("tritonclient")
+    if client is None:
+        pytest.skip("tritonclient is not installed")
+    from google.protobuf import text_format
+
+    # The schema by its path: the package around it would import gRPC.
+    file = Path(client.submodule_search_locations[0], "grpc", "model_config_pb2.py")
+    spec = importlib.util.spec_from_file_location("model_config_pb2", file)
+    spec.loader.exec_module(schema := importlib.util.module_from_spec(spec))
+    folder, session = triton
+    config = text_format.Parse((folder / "config.pbtxt").read_text(), schema.ModelConfig())
+    assert config.backend == "onnxruntime" and config.HasField("dynamic_batching") and config.max_batch_size > 1
+    types = {"tensor(float)": schema.TYPE_FP32, "tensor(int64)": schema.TYPE_INT64}
+    for given, wanted in ((config.input, session.get_inputs()), (config.output, session.get_outputs())):
+        assert [(v.name, v.data_type) for v in given] == [(v.name, types[v.type]) for v in wanted]
+        for value, tensor in zip(given, wanted, strict=True):
+            batch, *sides = tensor.shape
+            assert isinstance(batch, str)  # free
+            assert sides == list(value.reshape.shape if value.HasField("reshape") else value.dims)
 
 
 @pytest.mark.slow

@@ -27,6 +27,7 @@ LAYERS = (
     ("training",),
     ("serving",),
     ("demo",),
+    ("app",),
     ("cli",),
 )
 LAYER = {part: depth for depth, row in enumerate(LAYERS) for part in row}

@@ -29,7 +29,7 @@ def make_app() -> typer.Typer:
         pretty_exceptions_enable=False,
     )
     for command in (
-        *(purify.purify, serve.serve, show.demo, show.info, show.models),
+        *(purify.purify, serve.serve, show.demo, show.app, show.info, show.models),
         *(files.data, files.convert, files.export),
         *(attack.attack, train.train, train.finetune, evaluate.evaluate),
     ):

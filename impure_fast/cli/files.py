@@ -118,7 +118,10 @@ def convert(
 
 
 def export(
-    output: Annotated[Path, typer.Argument(metavar="OUT", help="A .pt2 or .onnx file.")],
+    output: Annotated[Path | None, typer.Argument(metavar="OUT", help="A .pt2 or .onnx file.")] = None,
+    triton: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="In place of OUT: a model repository for NVIDIA Triton.")
+    ] = None,
     height: Annotated[int, typer.Option(min=1, help="Of the pictures, in pixels.")] = 224,
     width: Annotated[int, typer.Option(min=1)] = 224,
     format: Annotated[
@@ -129,10 +132,21 @@ def export(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
 ) -> None:
     """Write the purifier for other runtimes: (images, seed, streams) to purified images, any batch, one size."""
-    form = format or (Program.onnx if output.suffix == ".onnx" else Program.program)
-    check_free(output, ".onnx" if form is Program.onnx else ".pt2", overwrite)
     from .. import zoo
     from ..engine import export as exports
 
-    exports.export(zoo.load(model), output, height, width, format=form.value, decomposed=decomposed)
-    typer.echo(f"wrote {output} ({form.value}, pictures of {height} x {width})")
+    if triton and not (output or format or decomposed):
+        folder = triton / f"{Path(model).name.removesuffix('.safetensors')}_{height}x{width}"
+        check_free(folder / "config.pbtxt", ".pbtxt", overwrite)
+        exports.export_triton(zoo.load(model), folder, height, width)
+        typer.echo(f"wrote {folder} (Triton, pictures of {height} x {width})")
+    elif output and not triton:
+        form = format or (Program.onnx if output.suffix == ".onnx" else Program.program)
+        check_free(output, ".onnx" if form is Program.onnx else ".pt2", overwrite)
+        exports.export(zoo.load(model), output, height, width, format=form.value, decomposed=decomposed)
+        typer.echo(f"wrote {output} ({form.value}, pictures of {height} x {width})")
+    else:
+        raise InputError(
+            "Name one: OUT, a .pt2 or .onnx file, or --triton DIR, a model repository (always of ONNX, so without "
+            "--format and --decomposed)."
+        )

@@ -1,4 +1,4 @@
-"""``impure-fast demo``, ``info`` and ``models``."""
+"""``impure-fast demo``, ``app``, ``info`` and ``models``."""
 
 from __future__ import annotations
 
@@ -54,6 +54,20 @@ def demo(
         progress=say,
     )
     Console().print(demo_module.table(results))
+
+
+def app(
+    model: Annotated[str, typer.Option(help="Shipped name, weights file or hub id.")] = "impure_tiny",
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets everybody in.")] = "127.0.0.1",
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="Unset: a free one from 7860 on.")] = None,
+) -> None:
+    """Serve a page on which to attack a classifier on a photograph and purify it."""
+    from .. import app as app_module
+    from .. import zoo
+
+    page, address = app_module.launch(zoo.load(model), host, port)
+    say(f"the page is at {address}; Ctrl-C ends it")
+    page.block_thread()
 
 
 def info(as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False) -> None:

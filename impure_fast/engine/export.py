@@ -1,7 +1,9 @@
-"""The purifier for other runtimes: a ``torch.export`` program, an AOTInductor package, an ONNX model.
+"""The purifier for other runtimes: a ``torch.export`` program, an AOTInductor package, an ONNX model, a model
+repository of NVIDIA Triton Inference Server.
 
-All three take (images float32 [N, 3, H, W] in [0, 1], seed int64, streams int64 [N]) and give the purified images,
-clamped; N is free, H and W are fixed, tiles and all randomness inside: the same draws as ``model.purify``'s.
+All take (images float32 [N, 3, H, W] in [0, 1], seed int64, streams int64 [N]) and give the purified images, clamped;
+N is free, H and W are fixed, tiles and all randomness inside: the same draws as ``model.purify``'s.  ONNX takes a seed
+for each image, [N], so that a server may put requests together and every image still gets what it gets alone.
 """
 
 from __future__ import annotations
@@ -22,6 +24,20 @@ from ..purify import Tiling, over_tiles
 FORMATS = {"program": ".pt2", "aoti": ".pt2", "onnx": ".onnx"}
 OPSET = 18  # the first with Col2Im, which puts tiles together
 
+# A request of B images brings seed and streams as [B, 1], since the server wants an axis beside the batch's;
+# ``reshape`` takes it away again.
+TRITON_CONFIG = """\
+backend: "onnxruntime"
+max_batch_size: 8
+dynamic_batching {{ max_queue_delay_microseconds: 2000 }}
+input [
+  {{ name: "images" data_type: TYPE_FP32 dims: [ 3, {height}, {width} ] }},
+  {{ name: "seed" data_type: TYPE_INT64 dims: [ 1 ] reshape: {{ shape: [ ] }} }},
+  {{ name: "streams" data_type: TYPE_INT64 dims: [ 1 ] reshape: {{ shape: [ ] }} }}
+]
+output [ {{ name: "purified" data_type: TYPE_FP32 dims: [ 3, {height}, {width} ] }} ]
+"""
+
 
 class _Pictures(nn.Module):
     """``model.purify`` of pictures of one size as a function of tensors alone."""
@@ -33,25 +49,30 @@ class _Pictures(nn.Module):
     def forward(self, images: Tensor, seed: Tensor, streams: Tensor) -> Tensor:
         def network(tiles: Tensor, image: Tensor, place: Tensor) -> Tensor:
             ids = streams[image] + (place << 32)
-            return self.model(tiles, Draws.sample(self.model.config, tiles.shape, seed, ids, device=tiles.device))
+            key = seed[image] if seed.ndim else seed
+            return self.model(tiles, Draws.sample(self.model.config, tiles.shape, key, ids, device=tiles.device))
 
         return over_tiles(images, self.tiling, network, None).clamp(0, 1)
 
 
-def export_program(model: IMPure, height: int, width: int, *, decomposed: bool = False) -> torch.export.ExportedProgram:
+def export_program(
+    model: IMPure, height: int, width: int, *, decomposed: bool = False, seeds: bool = False
+) -> torch.export.ExportedProgram:
     """The program for pictures of height x width.
 
     decomposed: of torch's own operators alone, in the authors' order of operations; otherwise the package's operators
     stay nodes, as the backend in force chooses them, and running it needs this package imported.
+    seeds: take a seed for each image, [N], in place of one for all.
     """
     if height < 1 or width < 1:
         raise InputError(f"height={height}, width={width}: must be at least 1 pixel.")
     pictures = _Pictures(model, height, width).eval()
     # Two pictures: torch takes an example of one for a constant.
-    example = (torch.zeros(2, 3, height, width), torch.tensor(0), torch.arange(2))
+    seed = torch.arange(2) if seeds else torch.tensor(0)
+    example = (torch.zeros(2, 3, height, width), seed, torch.arange(2))
     batch = {0: torch.export.Dim("batch", min=1)}
     with torch.no_grad(), backend("reference" if decomposed else "auto"):
-        return torch.export.export(pictures, example, dynamic_shapes=(batch, None, batch))
+        return torch.export.export(pictures, example, dynamic_shapes=(batch, batch if seeds else None, batch))
 
 
 def export(
@@ -65,7 +86,8 @@ def export(
     if format not in FORMATS or Path(path).suffix != FORMATS[format]:
         wanted = ", ".join(f"{name} ({suffix})" for name, suffix in FORMATS.items())
         raise InputError(f"format={format!r}, file {path}: wanted one of {wanted}.")
-    program = export_program(model, height, width, decomposed=decomposed or format == "onnx")
+    onnx = format == "onnx"
+    program = export_program(model, height, width, decomposed=decomposed or onnx, seeds=onnx)
     if format == "program":
         write_atomically(path, lambda name: torch.export.save(program, name))
     elif format == "aoti":
@@ -73,6 +95,16 @@ def export(
         write_atomically(path, lambda name: compile(program, package_path=name))
     else:
         write_atomically(path, lambda name: _to_onnx(program).save(name))
+
+
+def export_triton(model: IMPure, folder: str | Path, height: int, width: int) -> None:
+    """Write a model of NVIDIA Triton Inference Server: ``folder/config.pbtxt`` and ``folder/1/model.onnx``.
+
+    folder: the model's, inside a model repository; its name is the model's name.  Raises as ``export``.
+    """
+    export(model, Path(folder, "1", "model.onnx"), height, width, format="onnx")
+    config = TRITON_CONFIG.format(height=height, width=width)
+    write_atomically(Path(folder, "config.pbtxt"), lambda name: Path(name).write_text(config))
 
 
 def _to_onnx(program: torch.export.ExportedProgram) -> Any:
@@ -89,5 +121,11 @@ def _to_onnx(program: torch.export.ExportedProgram) -> Any:
 
     table: dict[Any, Any] = {torch.ops.aten.sort.stable: stable_sort}
     return torch.onnx.export(
-        program, dynamo=True, opset_version=OPSET, custom_translation_table=table, optimize=True, verbose=False
+        program,
+        dynamo=True,
+        opset_version=OPSET,
+        output_names=["purified"],
+        custom_translation_table=table,
+        optimize=True,
+        verbose=False,
     )
