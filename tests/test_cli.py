@@ -356,7 +356,7 @@ def test_export_writes_a_program_and_refuses(tmp_path, run, weights):
     code, text, errors = run("export", out, "--model", weights, "--height", 24, "--width", 24)
     assert (code, text, errors) == (0, f"wrote {out} (program, pictures of 24 x 24)\n", "")
     images = torch.rand(1, 3, 24, 24)
-    got = torch.export.load(out).module()(images, torch.tensor([3]), torch.tensor([0]))
+    got = torch.export.load(out).module()(images, torch.tensor(3), torch.tensor([0]))
     assert (got - zoo.load(weights).purify(images, seed=3)).abs().max() <= 1e-5
     assert run("export", out, "--model", weights)[2] == f"error: {out} exists; --overwrite replaces it.\n"
     assert "must end in .onnx" in run("export", tmp_path / "a.pt2", "--format", "onnx")[2]

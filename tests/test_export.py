@@ -32,7 +32,7 @@ def photographs():
 def agrees(function, model, photographs):
     """Whether an exported function follows model.purify, for batches of one and of three."""
     for images, streams in ((photographs[:1], [6]), (photographs, [0, 5, 2])):
-        got = torch.as_tensor(function(images, torch.tensor([9] * len(images)), torch.tensor(streams)))
+        got = torch.as_tensor(function(images, torch.tensor(9), torch.tensor(streams)))
         assert (got - model.purify(images, seed=9, streams=streams)).abs().max() <= 1e-5
 
 
@@ -61,7 +61,8 @@ def test_onnxruntime_gives_the_models_pictures(photographs, triton):
     assert names == ["images", "seed", "streams"]
     assert [path.name for path in (folder / "1").iterdir()] == ["model.onnx"]
 
-    def run(*inputs):
+    def run(images, seed, streams):
+        inputs = (images, seed.expand(len(images)), streams)
         return session.run(None, dict(zip(names, (x.numpy() for x in inputs), strict=True)))[0]
 
     agrees(run, small_model(), photographs)
@@ -123,7 +124,7 @@ def test_a_compiled_package_gives_the_models_pictures(photographs, tmp_path):
     code = (
         "import sys, torch, impure_fast as imp; from impure_fast.ops import _native; _native.why_not('cpu');"
         "f = torch._inductor.aoti_load_package(sys.argv[1]); x = torch.load(sys.argv[2]);"
-        "torch.save(f(x, torch.tensor([9] * 3), torch.tensor([0, 5, 2])), sys.argv[3])"
+        "torch.save(f(x, torch.tensor(9), torch.tensor([0, 5, 2])), sys.argv[3])"
     )
     arguments = [path, tmp_path / "photographs.pt", tmp_path / "got.pt"]
     subprocess.run([sys.executable, "-c", code, *map(str, arguments)], check=True)

@@ -1,9 +1,9 @@
 """The purifier for other runtimes: a ``torch.export`` program, an AOTInductor package, an ONNX model, a model
 repository of NVIDIA Triton Inference Server.
 
-All take (images float32 [N, 3, H, W] in [0, 1], seed int64 [N], streams int64 [N]) and give the purified images,
-clamped; N is free, H and W are fixed, tiles and all randomness inside: the same draws as ``model.purify``'s.  Each
-image has its own seed, so that a server may put requests together and every image still gets what it gets alone.
+All take (images float32 [N, 3, H, W] in [0, 1], seed int64, streams int64 [N]) and give the purified images, clamped;
+N is free, H and W are fixed, tiles and all randomness inside: the same draws as ``model.purify``'s.  ONNX takes a seed
+for each image, [N], so that a server may put requests together and every image still gets what it gets alone.
 """
 
 from __future__ import annotations
@@ -49,26 +49,30 @@ class _Pictures(nn.Module):
     def forward(self, images: Tensor, seed: Tensor, streams: Tensor) -> Tensor:
         def network(tiles: Tensor, image: Tensor, place: Tensor) -> Tensor:
             ids = streams[image] + (place << 32)
-            draws = Draws.sample(self.model.config, tiles.shape, seed[image], ids, device=tiles.device)
-            return self.model(tiles, draws)
+            key = seed[image] if seed.ndim else seed
+            return self.model(tiles, Draws.sample(self.model.config, tiles.shape, key, ids, device=tiles.device))
 
         return over_tiles(images, self.tiling, network, None).clamp(0, 1)
 
 
-def export_program(model: IMPure, height: int, width: int, *, decomposed: bool = False) -> torch.export.ExportedProgram:
+def export_program(
+    model: IMPure, height: int, width: int, *, decomposed: bool = False, seeds: bool = False
+) -> torch.export.ExportedProgram:
     """The program for pictures of height x width.
 
     decomposed: of torch's own operators alone, in the authors' order of operations; otherwise the package's operators
     stay nodes, as the backend in force chooses them, and running it needs this package imported.
+    seeds: take a seed for each image, [N], in place of one for all.
     """
     if height < 1 or width < 1:
         raise InputError(f"height={height}, width={width}: must be at least 1 pixel.")
     pictures = _Pictures(model, height, width).eval()
     # Two pictures: torch takes an example of one for a constant.
-    example = (torch.zeros(2, 3, height, width), torch.arange(2), torch.arange(2))
+    seed = torch.arange(2) if seeds else torch.tensor(0)
+    example = (torch.zeros(2, 3, height, width), seed, torch.arange(2))
     batch = {0: torch.export.Dim("batch", min=1)}
     with torch.no_grad(), backend("reference" if decomposed else "auto"):
-        return torch.export.export(pictures, example, dynamic_shapes=(batch, batch, batch))
+        return torch.export.export(pictures, example, dynamic_shapes=(batch, batch if seeds else None, batch))
 
 
 def export(
@@ -82,7 +86,8 @@ def export(
     if format not in FORMATS or Path(path).suffix != FORMATS[format]:
         wanted = ", ".join(f"{name} ({suffix})" for name, suffix in FORMATS.items())
         raise InputError(f"format={format!r}, file {path}: wanted one of {wanted}.")
-    program = export_program(model, height, width, decomposed=decomposed or format == "onnx")
+    onnx = format == "onnx"
+    program = export_program(model, height, width, decomposed=decomposed or onnx, seeds=onnx)
     if format == "program":
         write_atomically(path, lambda name: torch.export.save(program, name))
     elif format == "aoti":
