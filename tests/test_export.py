@@ -120,7 +120,7 @@ def test_a_compiled_package_gives_the_models_pictures(photographs, tmp_path):
     """In a process of its own, as a server would load it."""
     model = small_model()
     export(model, path := tmp_path / "purifier.pt2", 30, 40, format="aoti")
-    torch.save(photographs, tmp_path / "photographs.pt")
+    torch.save(photographs.contiguous(), tmp_path / "photographs.pt")
     code = (
         "import sys, torch, impure_fast as imp; from impure_fast.ops import _native; _native.why_not('cpu');"
         "f = torch._inductor.aoti_load_package(sys.argv[1]); x = torch.load(sys.argv[2]);"

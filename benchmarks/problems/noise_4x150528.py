@@ -12,7 +12,10 @@ _ROUNDS = 10
 
 
 def philox(seed: int | Tensor, streams: Tensor, purpose: int, count: int) -> Tensor:
-    """``count`` 32-bit words a stream, as int64 in [0, 2**32).  streams: [N] int64 -> [N, count]."""
+    """``count`` 32-bit words a stream, as int64 in [0, 2**32).  streams: [N] int64 -> [N, count].
+
+    seed: of all streams, or [N] int64, one a stream.
+    """
     blocks = torch.arange((count + 3) // 4, device=streams.device)
     shape = (streams.shape[0], blocks.shape[0])
     # int64 products wrap modulo 2**64, so a shift and a mask give the exact high word.
@@ -20,6 +23,8 @@ def philox(seed: int | Tensor, streams: Tensor, purpose: int, count: int) -> Ten
     c1 = (streams & _MASK32)[:, None].expand(shape)
     c2 = ((streams >> 32) & _MASK32)[:, None].expand(shape)
     c3 = torch.full(shape, purpose, dtype=torch.int64, device=streams.device)
+    if isinstance(seed, Tensor) and seed.ndim:
+        seed = seed[:, None]
     k0, k1 = seed & _MASK32, (seed >> 32) & _MASK32
     for _ in range(_ROUNDS):
         p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57

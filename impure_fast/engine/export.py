@@ -81,7 +81,8 @@ def export(
     """Write the purifier of height x width pictures to ``path``.
 
     format: "program" (``torch.export.load``), "aoti" (``torch._inductor.aoti_load_package``; compiled for this
-    processor) or "onnx" (always decomposed).  Raises InputError, or MissingExtraError without onnx and onnxscript.
+    processor, and for contiguous images alone: it reads others wrongly, without a word) or "onnx" (always
+    decomposed).  Raises InputError, or MissingExtraError without onnx and onnxscript.
     """
     if format not in FORMATS or Path(path).suffix != FORMATS[format]:
         wanted = ", ".join(f"{name} ({suffix})" for name, suffix in FORMATS.items())

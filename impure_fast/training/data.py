@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,9 +18,6 @@ from ..attacks import pgd
 from ..errors import InputError
 from ..images import PackedImages, decode, find_images, random_view, read_shard, shards_of
 from ..purify import to_bytes, to_float
-
-if TYPE_CHECKING:
-    from .loop import TrainConfig
 
 NAMES = ("clean", "adversarial")
 
@@ -155,12 +152,12 @@ def _note(folder: Path, recipe: dict[str, Any], done: int) -> None:
 class Batches(Dataset[tuple[list[int], Tensor, Tensor]]):
     """Step -> the places of all its pairs, and this process's share of its inputs and clean pictures.
 
-    A function of (seed, step).  Inputs and clean pictures are float [batch / world, 3, crop, crop] in [0, 1].
-    Of the inputs a share ``adversarial`` carries its perturbation, scaled by ``strength``, a share ``noisy``
+    config: the run's ``TrainConfig``.  A function of (seed, step).  Inputs and clean pictures are float
+    [batch / world, 3, crop, crop] in [0, 1].  Of the inputs a share ``adversarial`` carries its perturbation, scaled by ``strength``, a share ``noisy``
     sign noise of 2 to 14/255, and the rest nothing.  Crops are random, the same for both.
     """
 
-    def __init__(self, pairs: Pairs, config: TrainConfig, rank: int = 0, world: int = 1) -> None:
+    def __init__(self, pairs: Pairs, config: Any, rank: int = 0, world: int = 1) -> None:
         self.pairs, self.config, self.rank, self.world = pairs, config, rank, world
 
     def __getitem__(self, step: int) -> tuple[list[int], Tensor, Tensor]:
