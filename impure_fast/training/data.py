@@ -153,8 +153,9 @@ class Batches(Dataset[tuple[list[int], Tensor, Tensor]]):
     """Step -> the places of all its pairs, and this process's share of its inputs and clean pictures.
 
     config: the run's ``TrainConfig``.  A function of (seed, step).  Inputs and clean pictures are float
-    [batch / world, 3, crop, crop] in [0, 1].  Of the inputs a share ``adversarial`` carries its perturbation, scaled by
-    ``strength``, a share ``noisy`` sign noise of 2 to 14/255, and the rest nothing.  Crops are random, the same for both.
+    [batch / world, 3, crop, crop] in [0, 1].  Of the inputs a share ``adversarial`` carries its perturbation, scaled
+    by ``strength``, a share ``noisy`` sign noise of 2 to 14/255, and the rest nothing.  Crops are random, the same for
+    both.
     """
 
     def __init__(self, pairs: Pairs, config: Any, rank: int = 0, world: int = 1) -> None:
