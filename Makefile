@@ -42,6 +42,7 @@ test-wheel: $(STAMP) ## build sdist and wheel, test the wheel outside the tree o
 	test -x build/oldest/bin/python || $(PYTHON) -m venv build/oldest
 	build/oldest/bin/python -m pip install --quiet --upgrade pip
 	build/oldest/bin/python -m pip install --quiet "torch==2.11.*" "numpy<2.3" pytest build/dist/*.whl
+	build/oldest/bin/python -m pip install --quiet --force-reinstall --no-deps build/dist/*.whl
 	mkdir build/away && cp -r tests build/away
 	cd build/away && ../oldest/bin/python -m pytest -q tests/ops tests/golden tests/test_engine.py
 

@@ -109,3 +109,12 @@ def test_the_results_page_says_what_its_files_say():
             assert f"| knows the classifier | | {r['purified']['4']:.1f} | {r['purified']['8']:.1f} |" in page
             assert f"| knows the purifier too | {known['2']:.1f} | {known['4']:.1f} | |" in page
             assert f"Without an attack {r['purified_clean']:.1f} of these are right" in page
+
+
+def test_the_results_page_has_the_unseen_classifiers_figures():
+    page = (ROOT / "docs" / "explained" / "results.md").read_text().partition("impure_tiny-lite1-t0.json")[2]
+    rows = json.loads((RESULTS / "impure_tiny-lite1-t0.json").read_text())["rows"]
+    for defence, name in (("none", "no defence"), ("jpeg75", "JPEG, quality 75"), ("impure_tiny", "`impure_tiny`")):
+        four, eight = (row for row in rows if row["defence"] == defence)
+        figures = (four["clean"], four["adversarial"], eight["adversarial"])
+        assert f"| {name} | {' | '.join(format(x['all']['mean']['value'], '.1f') for x in figures)} |" in page
