@@ -99,5 +99,6 @@ class CifarResNet(nn.Module):
         self.linear = nn.Linear(64, 10)
 
     def forward(self, images: Tensor) -> Tensor:
+        """images: [N, 3, 32, 32], normalised -> logits [N, 10]."""
         x = self.layer3(self.layer2(self.layer1(F.relu(self.bn1(self.conv1(images))))))
         return self.linear(x.mean(dim=(2, 3)))
