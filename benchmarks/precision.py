@@ -18,7 +18,7 @@ from torch import Tensor
 
 from impure_fast import Engine, load
 from impure_fast.attacks import pgd
-from impure_fast.classifiers import LITE0_MEAN, LITE0_STD, Normalised, efficientnet_lite0
+from impure_fast.classifiers import LITE0_MEAN, LITE0_STD, Normalised, efficientnet_lite
 from impure_fast.demo import EPS, SEED, decide, packed_views, photograph_views
 from impure_fast.engine.engine import PRECISIONS
 from impure_fast.errors import Error
@@ -31,7 +31,7 @@ from .runner import available, machine, positive
 def measure(data: str | None, count: int, model: str, device: str, attack_steps: int) -> list[dict[str, Any]]:
     """One row an attack strength and precision.  count: pictures, 0 for all of ``data``."""
     purifier = load(model)
-    classifier = Normalised(efficientnet_lite0(), LITE0_MEAN, LITE0_STD).eval()
+    classifier = Normalised(efficientnet_lite(0), LITE0_MEAN, LITE0_STD).eval()
     views = packed_views(data) if data else photograph_views(classifier, count or 40)
     views = views.take(range(count or len(views.right)))
     labels = torch.tensor([right[0] for right in views.right])

@@ -15,7 +15,7 @@ from art.attacks.evasion import ProjectedGradientDescentPyTorch
 from art.estimators.classification import PyTorchClassifier
 
 import impure_fast as imp
-from impure_fast.classifiers import LITE0_MEAN, LITE0_STD, Normalised, efficientnet_lite0
+from impure_fast.classifiers import LITE0_MEAN, LITE0_STD, Normalised, efficientnet_lite
 from impure_fast.demo import photograph_views
 from impure_fast.integrations.art import ARTPurifier
 from impure_fast.integrations.torchattacks import Attackable
@@ -27,7 +27,7 @@ parser.add_argument("--steps", type=int, default=10)
 parser.add_argument("--eot", type=int, default=2, help="draws that a gradient step averages")
 options = parser.parse_args()
 
-network, purifier = efficientnet_lite0(), imp.load("impure_tiny")
+network, purifier = efficientnet_lite(0), imp.load("impure_tiny")
 bare = Normalised(network, LITE0_MEAN, LITE0_STD).eval()  # images in [0, 1] -> logits, as torchattacks wants them
 pipeline = imp.PurifiedClassifier(network, purifier, mean=LITE0_MEAN, std=LITE0_STD).eval()
 views = photograph_views(bare, options.views)

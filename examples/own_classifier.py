@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import impure_fast as imp
 from impure_fast.attacks import pgd
-from impure_fast.classifiers import LITE0_MEAN, LITE0_STD, Normalised, efficientnet_lite0
+from impure_fast.classifiers import LITE0_MEAN, LITE0_STD, Normalised, efficientnet_lite
 from impure_fast.images import random_view
 from impure_fast.purify import to_float
 
@@ -32,7 +32,7 @@ def views(count: int, seed: int) -> tuple[Tensor, Tensor]:
 
 def factory() -> Normalised:
     """The classifier, its head trained on the spot: images in [0, 1] -> logits [N, 5]."""
-    body = efficientnet_lite0()  # frozen
+    body = efficientnet_lite(0)  # frozen
     body.reset_classifier(0)
     head = nn.Linear(body.num_features, 5)
     classifier = Normalised(nn.Sequential(body, head), LITE0_MEAN, LITE0_STD).eval()

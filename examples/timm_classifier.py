@@ -12,9 +12,9 @@ from skimage import data
 from timm.data import ImageNetInfo
 
 import impure_fast as imp
-from impure_fast.classifiers import efficientnet_lite0
+from impure_fast.classifiers import efficientnet_lite
 
-classifier = timm.create_model(sys.argv[1], pretrained=True).eval() if sys.argv[1:] else efficientnet_lite0()
+classifier = timm.create_model(sys.argv[1], pretrained=True).eval() if sys.argv[1:] else efficientnet_lite(0)
 cfg = classifier.pretrained_cfg
 model = imp.PurifiedClassifier(classifier, imp.load("impure_tiny"), mean=cfg["mean"], std=cfg["std"])
 image = torch.from_numpy(data.chelsea()[:224, 75:299]).permute(2, 0, 1)[None] / 255  # [1, 3, 224, 224] in [0, 1]

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 import impure_fast as imp
-from impure_fast.classifiers import LITE0_MEAN, LITE0_STD, Normalised, efficientnet_lite0
+from impure_fast.classifiers import LITE0_MEAN, LITE0_STD, Normalised, efficientnet_lite
 from impure_fast.images import find_images, jpeg_bytes, read_image, write_image, write_packed
 from impure_fast.training.loop import TrainConfig, train
 
@@ -35,7 +35,7 @@ config = TrainConfig(
     warmup=5,
     save_every=10,
 )
-classifier = Normalised(efficientnet_lite0(), LITE0_MEAN, LITE0_STD)  # what is attacked, and whose features guide
+classifier = Normalised(efficientnet_lite(0), LITE0_MEAN, LITE0_STD)  # what is attacked, and whose features guide
 train(config, packed, run, classifier, progress=lambda phase, done, total, figures: print(phase, done, total, figures))
 
 picture = torch.from_numpy(read_image(files[0][0]).rgb).permute(2, 0, 1)  # uint8 [3, H, W]

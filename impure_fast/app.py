@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from .attacks import pgd
-from .classifiers import LITE0_MEAN, LITE0_SIZE, LITE0_STD, Normalised, efficientnet_lite0
+from .classifiers import LITE0_MEAN, LITE0_SIZE, LITE0_STD, Normalised, efficientnet_lite
 from .config import NUM_STEPS, IMPureConfig
 from .demo import NOTICE, SEED, decide, difference, photograph_files
 from .engine import Engine
@@ -59,7 +59,7 @@ class Trial:
     """A classifier, a purifier, and what can be done to a photograph between them."""
 
     def __init__(self, model: IMPure) -> None:
-        self.classifier = Normalised(efficientnet_lite0(), LITE0_MEAN, LITE0_STD).eval()
+        self.classifier = Normalised(efficientnet_lite(0), LITE0_MEAN, LITE0_STD).eval()
         from timm.data import ImageNetInfo  # there, if the classifier is
 
         self.names = ImageNetInfo()

@@ -57,11 +57,6 @@ def efficientnet_lite(version: int) -> nn.Module:
     return network.eval().requires_grad_(False)
 
 
-def efficientnet_lite0() -> nn.Module:
-    """``efficientnet_lite(0)``."""
-    return efficientnet_lite(0)
-
-
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from . import __version__, zoo
 from .attacks import pgd
-from .classifiers import LITE0_MEAN, LITE0_SIZE, LITE0_STD, Normalised, efficientnet_lite0
+from .classifiers import LITE0_MEAN, LITE0_SIZE, LITE0_STD, Normalised, efficientnet_lite
 from .engine import Engine
 from .evaluation.analysis import psnr
 from .evaluation.defences import blur, jpeg
@@ -127,7 +127,7 @@ def run(
     psnr is that of purified against clean, unattacked pictures.  Raises MissingExtraError, MissingFileError.
     """
     purifier = zoo.load(model)
-    classifier = Normalised(efficientnet_lite0(), LITE0_MEAN, LITE0_STD).eval()
+    classifier = Normalised(efficientnet_lite(0), LITE0_MEAN, LITE0_STD).eval()
     chosen = packed_views(data) if data else photograph_views(classifier, views)
     clean_logits = decide(classifier, chosen.images)
     # The attack moves away from the true label; of several right names, from the one the classifier chose.

@@ -5,13 +5,16 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: a test that asks the hub fails at once
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined: Triton's kernels then run on the CPU
 
-from impure_fast import IMPure, IMPureConfig
+from impure_fast import IMPure, IMPureConfig, zoo
+from impure_fast.checkpoints import save_safetensors
 
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other, a hundredfold on a busy machine
 
@@ -66,3 +69,55 @@ def global_generator_untouched():
 def hub():
     """huggingface_hub, or a skip."""
     return pytest.importorskip("huggingface_hub", reason="the extra hub is not installed")
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory):
+    """A file with a network of one block each, small enough for a test."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = zoo.create_model("impure_tiny", depth=1, decoder_depth=1, out_indices=(0,))
+    path = tmp_path_factory.mktemp("weights") / "small.safetensors"
+    save_safetensors(path, model.state_dict(), model.config)
+    return str(path)
+
+
+@pytest.fixture
+def run(capsys):
+    """run(*arguments) -> (exit code, stdout, stderr) of the command line."""
+    from impure_fast import cli
+
+    def call(*arguments):
+        with pytest.raises(SystemExit) as ended:
+            cli.main([str(a) for a in arguments])
+        return (ended.value.code or 0, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def purify(run, weights):
+    """``impure-fast purify`` with the small network and seed 1."""
+    return lambda *arguments: run("purify", *arguments, "--model", weights, "--seed", 1)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder with two pictures and a sub-folder with one."""
+    folder = tmp_path / "photos"
+    for i, name in enumerate(("a.png", "b.jpg", "sub/c.webp")):
+        picture(folder / name, seed=i)
+    return folder
+
+
+def picture(path, seed=0, height=20, width=24, channels=3):
+    """Write a picture of noise; returns its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    values = np.random.default_rng(seed).integers(0, 256, (height, width, channels), dtype=np.uint8)
+    Image.fromarray(values.squeeze()).save(path)
+    return path
+
+
+def files(folder):
+    """Relative paths of all files below a folder, sorted."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())

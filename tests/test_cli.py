@@ -17,61 +17,15 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from impure_fast import can_run, cli, zoo
-from impure_fast.checkpoints import read_safetensors, save_safetensors
+from impure_fast.checkpoints import read_safetensors
 from impure_fast.classifiers import CifarResNet
 from impure_fast.evaluation.targets import load_pictures, load_target
 from impure_fast.images import PackedImages, encode_jpeg, read_image, write_packed
 from impure_fast.ops._lib import OPERATORS
 
+from .conftest import files, picture
+
 AS_ROOT = hasattr(os, "geteuid") and os.geteuid() == 0
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    """A network of one block each, small enough for a test."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = zoo.create_model("impure_tiny", depth=1, decoder_depth=1, out_indices=(0,))
-    path = tmp_path_factory.mktemp("weights") / "small.safetensors"
-    save_safetensors(path, model.state_dict(), model.config)
-    return path
-
-
-@pytest.fixture
-def run(capsys):
-    """run(*arguments) -> (exit code, stdout, stderr)."""
-
-    def call(*arguments):
-        with pytest.raises(SystemExit) as ended:
-            cli.main([str(a) for a in arguments])
-        return (ended.value.code or 0, *capsys.readouterr())
-
-    return call
-
-
-@pytest.fixture
-def purify(run, weights):
-    return lambda *arguments: run("purify", *arguments, "--model", weights, "--seed", 1)
-
-
-@pytest.fixture
-def photos(tmp_path):
-    """A folder with two pictures and a sub-folder with one."""
-    folder = tmp_path / "photos"
-    for i, name in enumerate(("a.png", "b.jpg", "sub/c.webp")):
-        picture(folder / name, seed=i)
-    return folder
-
-
-def picture(path, seed=0, height=20, width=24, channels=3):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    values = np.random.default_rng(seed).integers(0, 256, (height, width, channels), dtype=np.uint8)
-    Image.fromarray(values.squeeze()).save(path)
-    return path
-
-
-def files(folder):
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
 def test_purify_one_file_is_the_models_purification(tmp_path, purify, weights):

@@ -12,13 +12,13 @@ from PIL import Image
 
 from impure_fast import attacks, create_model, demo
 from impure_fast.checkpoints import save_safetensors
-from impure_fast.classifiers import LITE0_MEAN, LITE0_SIZE, LITE0_STD, Normalised, efficientnet_lite0
+from impure_fast.classifiers import LITE0_MEAN, LITE0_SIZE, LITE0_STD, Normalised, efficientnet_lite
 from impure_fast.images import encode_jpeg, write_packed
 
 
 @pytest.fixture(scope="module")
 def classifier():
-    return Normalised(efficientnet_lite0(), LITE0_MEAN, LITE0_STD).eval()
+    return Normalised(efficientnet_lite(0), LITE0_MEAN, LITE0_STD).eval()
 
 
 @pytest.fixture(scope="module")

@@ -643,10 +643,10 @@ def test_the_quick_protocol_asks_for_a_bounded_number_of_gradients():
 def views(tmp_path_factory):
     """Views of scikit-image's photographs, packed, with the packaged classifier's labels."""
     demo = pytest.importorskip("impure_fast.demo")
-    from impure_fast.classifiers import LITE0_MEAN, LITE0_STD, Normalised, efficientnet_lite0
+    from impure_fast.classifiers import LITE0_MEAN, LITE0_STD, Normalised, efficientnet_lite
     from impure_fast.purify import to_bytes
 
-    found = demo.photograph_views(Normalised(efficientnet_lite0(), LITE0_MEAN, LITE0_STD).eval(), 4)
+    found = demo.photograph_views(Normalised(efficientnet_lite(0), LITE0_MEAN, LITE0_STD).eval(), 4)
     jpegs = [encode_jpeg(image, 95) for image in to_bytes(found.images)]
     path = tmp_path_factory.mktemp("views") / "views.npz"
     write_packed(path, jpegs, [right[0] for right in found.right], found.names)

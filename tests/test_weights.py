@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from impure_fast import attacks, demo, load
-from impure_fast.classifiers import LITE0_MEAN, LITE0_STD, Normalised, efficientnet_lite0
+from impure_fast.classifiers import LITE0_MEAN, LITE0_STD, Normalised, efficientnet_lite
 from impure_fast.training.loop import TrainConfig
 from impure_fast.zoo import shipped, weights_folder
 
@@ -46,7 +46,7 @@ def test_recipes_are_valid_and_named_in_the_card(path):
 
 def test_purification_brings_decisions_back():
     """Ten attacked views of five photographs; the whole measurement is `make demo`."""
-    classifier = Normalised(efficientnet_lite0(), LITE0_MEAN, LITE0_STD).eval()
+    classifier = Normalised(efficientnet_lite(0), LITE0_MEAN, LITE0_STD).eval()
     views = demo.photograph_views(classifier, 10)
     labels = demo.decide(classifier, views.images).argmax(dim=1)
     attacked = attacks.pgd(classifier, views.images, labels, eps=8 / 255, steps=5, step_size=3 / 255, seed=0)

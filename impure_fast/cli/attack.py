@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .common import check_device, own_modules, progress_bar
+from .common import Device, check_device, own_modules, progress_bar
 
 
 def attack(
@@ -23,7 +23,7 @@ def attack(
     shard: Annotated[int, typer.Option(min=1, help="Pictures looked at for a shard.")] = 100,
     batch: Annotated[int, typer.Option(min=1, help="Pictures attacked at once.")] = 32,
     seed: Annotated[int, typer.Option(min=0)] = 0,
-    device: Annotated[str, typer.Option(help="As torch names it.")] = "cpu",
+    device: Device = "cpu",
 ) -> None:
     """Attack a classifier and keep the pairs as WebDataset shards, for training and evaluation.
 

@@ -7,14 +7,22 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..config import NUM_STEPS
 from ..errors import BackendError, Error, InputError
 
 if TYPE_CHECKING:
     from rich.progress import Progress
+
+Model = Annotated[str, typer.Option(help="Shipped name, weights file or hub id.")]
+Device = Annotated[str, typer.Option(help="As torch names it.")]
+ImageStep = Annotated[int | None, typer.Option(min=0, max=NUM_STEPS - 1, help="Noise on the image; more hides more.")]
+FeatureStep = Annotated[
+    int | None, typer.Option(min=0, max=NUM_STEPS - 1, help="Noise on the features; more hides more.")
+]
 
 
 @contextlib.contextmanager

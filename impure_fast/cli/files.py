@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import Error, InputError, MissingExtraError
-from .common import check_free, end, progress_bar
+from .common import Model, check_free, end, progress_bar
 
 
 class Split(str, Enum):
@@ -127,7 +127,7 @@ def export(
     format: Annotated[
         Program | None, typer.Option(help="torch.export program, AOTInductor package or ONNX; unset: by OUT's suffix.")
     ] = None,
-    model: Annotated[str, typer.Option(help="Shipped name, weights file or hub id.")] = "impure_tiny",
+    model: Model = "impure_tiny",
     decomposed: Annotated[bool, typer.Option("--decomposed", help="Use torch's own operators alone.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
 ) -> None:

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..config import NUM_STEPS
 from ..errors import Error, InputError
-from .common import check_device, end, progress_bar, say
+from .common import Device, FeatureStep, ImageStep, Model, check_device, end, progress_bar, say
 
 if TYPE_CHECKING:
     from ..serving.bulk import Result
@@ -41,16 +40,12 @@ def purify(
         list[str], typer.Argument(metavar="INPUT", help="Image files, and folders of them; s3://... too.")
     ],
     output: Annotated[str, typer.Option("--output", "-o", help="A file, for one image; or a folder, made if missing.")],
-    model: Annotated[str, typer.Option(help="Shipped name, weights file or hub id.")] = "impure_tiny",
+    model: Model = "impure_tiny",
     seed: Annotated[
         int | None, typer.Option(min=0, help="Repeat the same draws; unset: fresh for every image.")
     ] = None,
-    image_step: Annotated[
-        int | None, typer.Option(min=0, max=NUM_STEPS - 1, help="Noise on the image; more hides more.")
-    ] = None,
-    feature_step: Annotated[
-        int | None, typer.Option(min=0, max=NUM_STEPS - 1, help="Noise on the features; more hides more.")
-    ] = None,
+    image_step: ImageStep = None,
+    feature_step: FeatureStep = None,
     format: Annotated[Format | None, typer.Option(help="Of the results; unset: by OUT's suffix, else png.")] = None,
     recursive: Annotated[bool, typer.Option("--recursive", help="Look into sub-folders.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace results that exist.")] = False,
@@ -58,7 +53,7 @@ def purify(
         Arithmetic, typer.Option(help="Of the arithmetic; the faster ones round more.")
     ] = Arithmetic.fp32,
     max_batch: Annotated[int | None, typer.Option(min=1, help="Tiles a network call; bounds memory.")] = None,
-    device: Annotated[str, typer.Option(help="As torch names it.")] = "cpu",
+    device: Device = "cpu",
     ray: Annotated[
         str | None,
         typer.Option(metavar="ADDRESS", help="Work on a Ray cluster; auto: one that runs here, else a new one."),

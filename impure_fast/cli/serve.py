@@ -11,10 +11,9 @@ from typing import Annotated, Any
 
 import typer
 
-from ..config import NUM_STEPS
 from ..errors import InputError
 from ..serving.settings import Settings
-from .common import check_device, say
+from .common import Device, FeatureStep, ImageStep, Model, check_device, say
 from .purify import Arithmetic
 
 DEFAULTS = Settings()
@@ -26,17 +25,13 @@ def serve(
     metrics_port: Annotated[int, typer.Option(min=1, max=65535, help="For Prometheus: /metrics.")] = 8001,
     replicas: Annotated[int, typer.Option(min=1, help="Processes, each with the model; with cuda, a GPU each.")] = 1,
     threads: Annotated[int | None, typer.Option(min=1, help="A replica; unset: the CPUs shared out.")] = None,
-    model: Annotated[str, typer.Option(help="Shipped name, weights file or hub id.")] = DEFAULTS.model,
+    model: Model = DEFAULTS.model,
     precision: Annotated[
         Arithmetic, typer.Option(help="Of the arithmetic; the faster ones round more.")
     ] = Arithmetic.fp32,
-    device: Annotated[str, typer.Option(help="As torch names it.")] = DEFAULTS.device,
-    image_step: Annotated[
-        int | None, typer.Option(min=0, max=NUM_STEPS - 1, help="Noise on the image; more hides more.")
-    ] = None,
-    feature_step: Annotated[
-        int | None, typer.Option(min=0, max=NUM_STEPS - 1, help="Noise on the features; more hides more.")
-    ] = None,
+    device: Device = DEFAULTS.device,
+    image_step: ImageStep = None,
+    feature_step: FeatureStep = None,
     classifier: Annotated[
         str | None, typer.Option(help="For /classify; a name as `impure-fast evaluate` takes, or module:factory.")
     ] = None,

@@ -11,8 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from .. import __version__
-from ..config import NUM_STEPS
-from .common import say
+from .common import FeatureStep, ImageStep, Model, say
 
 GPU_STATE = "Nothing has run on a GPU yet: CUDA and Triton kernels are compiled and run on the CPU only, in tests."
 
@@ -20,7 +19,7 @@ GPU_STATE = "Nothing has run on a GPU yet: CUDA and Triton kernels are compiled 
 def demo(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Picture of the result.")] = Path("demo.png"),
-    model: Annotated[str, typer.Option(help="Shipped name, weights file or hub id.")] = "impure_tiny",
+    model: Model = "impure_tiny",
     views: Annotated[int, typer.Option(min=1, help="Views of photographs to attack.")] = 40,
     data: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Packed ImageNet pictures in place of the photographs.")
@@ -29,12 +28,8 @@ def demo(
     white_box: Annotated[
         int, typer.Option(min=0, help="Attack so many pictures through the purifier as well (slow).")
     ] = 0,
-    image_step: Annotated[
-        int | None, typer.Option(min=0, max=NUM_STEPS - 1, help="Noise on the image; more hides more.")
-    ] = None,
-    feature_step: Annotated[
-        int | None, typer.Option(min=0, max=NUM_STEPS - 1, help="Noise on the features; more hides more.")
-    ] = None,
+    image_step: ImageStep = None,
+    feature_step: FeatureStep = None,
 ) -> None:
     """Attack an ImageNet classifier on photographs, purify, and show both."""
     from rich.console import Console
@@ -57,7 +52,7 @@ def demo(
 
 
 def app(
-    model: Annotated[str, typer.Option(help="Shipped name, weights file or hub id.")] = "impure_tiny",
+    model: Model = "impure_tiny",
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets everybody in.")] = "127.0.0.1",
     port: Annotated[int | None, typer.Option(min=1, max=65535, help="Unset: a free one from 7860 on.")] = None,
 ) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .common import check_device, check_free, progress_bar
+from .common import Device, check_device, check_free, progress_bar
 
 
 def train(
@@ -33,7 +33,7 @@ def train(
     memory: Annotated[str | None, typer.Option(help="Kept for backward: all, default, tight or minimal.")] = None,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write DIR/tensorboard too.")] = False,
     plan: Annotated[bool, typer.Option("--plan", help="Show what a step holds in memory, and train nothing.")] = False,
-    device: Annotated[str, typer.Option(help="As torch names it.")] = "cpu",
+    device: Device = "cpu",
 ) -> None:
     """Train a purifier against attacks on a classifier; Ctrl-C saves, the same command goes on.
 
@@ -80,7 +80,7 @@ def finetune(
     lr: Annotated[float, typer.Option(help="Highest learning rate.")] = 0.02,
     batch: Annotated[int, typer.Option(min=1)] = 128,
     seed: Annotated[int, typer.Option(min=0)] = 0,
-    device: Annotated[str, typer.Option(help="As torch names it.")] = "cpu",
+    device: Device = "cpu",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.safetensors if it exists.")] = False,
 ) -> None:
     """Fine-tune a classifier on the pictures that it will be judged on.

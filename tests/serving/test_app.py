@@ -9,10 +9,10 @@ import time
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from impure_fast import Engine, zoo
-from impure_fast.checkpoints import save_safetensors
 from impure_fast.errors import ConfigError
 from impure_fast.images import read_image
 from impure_fast.purify import to_float
@@ -67,16 +67,6 @@ class Recorded(Metrics):
 
     def queue(self, requests):
         self.queues.append(requests)
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = zoo.create_model("impure_tiny", depth=1, decoder_depth=1, out_indices=(0,))
-    path = tmp_path_factory.mktemp("weights") / "small.safetensors"
-    save_safetensors(path, model.state_dict(), model.config)
-    return str(path)
 
 
 @pytest.fixture(scope="module")
@@ -178,16 +168,10 @@ def test_labels_before_and_after(port, engine):
     assert answer.status == 200
     model = Brightness()
     for key, picture in (("before", rgb), ("after", alone(engine, rgb, 1))):
-        target = np.asarray(PIL_resize(picture))
+        target = np.asarray(Image.fromarray(picture).resize((16, 16), Image.Resampling.BICUBIC))
         wanted = model(to_float(target[None])).softmax(dim=1)[0]
         assert answer.json[key]["label"] == int(wanted.argmax())
         assert answer.json[key]["confidence"] == pytest.approx(float(wanted.max()), abs=1e-6)
-
-
-def PIL_resize(rgb):  # noqa: N802
-    from PIL import Image
-
-    return Image.fromarray(rgb).resize((16, 16), Image.Resampling.BICUBIC)
 
 
 def test_health_and_info(port, weights):

@@ -9,7 +9,7 @@ from impure_fast.errors import ImageFileError, MissingExtraError, MissingFileErr
 from impure_fast.serving import stores
 from impure_fast.serving.cluster import connect
 
-from ..test_cli import files, photos, picture, run, weights  # noqa: F401 (fixtures)
+from ..conftest import files, picture
 
 fs = pytest.importorskip("pyarrow.fs", reason="the extra serve is not installed")
 
@@ -23,12 +23,7 @@ def bucket(tmp_path, monkeypatch):
     return tmp_path / "store" / "bucket"
 
 
-@pytest.fixture
-def purify(run, weights):  # noqa: F811
-    return lambda *arguments: run("purify", *arguments, "--model", weights, "--seed", 1)
-
-
-def test_a_store_gives_and_takes_what_a_folder_does(tmp_path, bucket, photos, purify):  # noqa: F811
+def test_a_store_gives_and_takes_what_a_folder_does(tmp_path, bucket, photos, purify):
     for name in ("a.png", "b.jpg", "sub/c.webp", ".hidden.png", "sub/.d/e.png", "notes.txt"):
         (bucket / "in" / name).parent.mkdir(parents=True, exist_ok=True)
         (bucket / "in" / name).write_bytes((photos / name).read_bytes() if (photos / name).exists() else b"other")
