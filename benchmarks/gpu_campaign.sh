@@ -71,7 +71,7 @@ part_compile() {
     done
     return $worst
 }
-part_tests() { "$python" -m pytest -q tests/ops tests/golden; }
+part_tests() { "$python" -m pytest -q tests/ops tests/golden tests/test_engine.py; }
 part_sanitizer() {
     # torch's allocator would hide what lies beside a tensor.
     local tool worst=0
@@ -87,7 +87,7 @@ part_training() {
 }
 part_latency() {
     local tiny="--side 224 --batches 1,8,64 --rates 20,100 --seconds 2" base="--batches 1,8,64,256 --rates 20,100 --seconds 2"
-    local providers="operators,engine fp32,engine bf16,engine fp16,no purifier"
+    local providers="operators,engine fp32,engine bf16,engine fp16,engine fp8,no purifier"
     [ -z "$small" ] || tiny="--side 32 --batches 1 --rates 50 --seconds 0" providers="engine fp32"
     "$python" -m benchmarks.latency --device "$device" --csv "$out/latency.csv" --providers "$providers" $tiny || return
     [ -n "$small" ] || "$python" -m benchmarks.latency --device "$device" --csv "$out/latency.csv" \

@@ -54,8 +54,7 @@ def fixed_order(config: IMPureConfig, rows: int, cols: int, device: torch.device
     if k not in FIXED_ORDER_CHUNKS:
         raise InputError(f"A fixed order exists only for K in {FIXED_ORDER_CHUNKS}, not for K={k}.")
     classes = 2 * (r % 2) + c % 2 if k == 4 else (c - r) % k
-    counts = classes.flatten().bincount(minlength=k)
-    if len(set(counts.tolist())) != 1:
+    if rows % 2 or cols % 2 if k == 4 else rows % k and cols % k:
         raise InputError(
             f"A {rows}x{cols} patch grid does not fall into {k} equal classes; pad it or use random order."
         )
@@ -139,7 +138,8 @@ class Draws:
             image_step = integers(seed, ids, IMAGE_STEP, 1, *config.image_step_range)[:, 0]
             feature_step = integers(seed, ids, FEATURE_STEP, k, *config.feature_step_range)
         else:
-            positions = torch.tensor([(spare_rows + 1) // 2, (spare_cols + 1) // 2], device=device).expand(n, 2)
+            centre = ((spare_rows + 1) // 2, (spare_cols + 1) // 2)
+            positions = torch.stack([torch.full((n,), place, device=device) for place in centre], dim=1)
             image_step = torch.full((n,), config.image_step, device=device)
             feature_step = torch.full((n, k), config.feature_step, device=device)
         image_noise = feature_noise = None

@@ -30,6 +30,8 @@ BAND_TILES = 1024  # tiles held at once
 
 # (tiles [T, 3, h, w] in [0, 1], their draws) -> purified tiles, unclamped
 Network = Callable[[Tensor, Draws], Tensor]
+# (config, tiles, seed, streams [T]) -> the same, drawing by itself
+Drawing = Callable[[IMPureConfig, Tensor, Seed, Tensor], Tensor]
 
 
 def to_float(images: NDArray[np.uint8]) -> Tensor:
@@ -170,12 +172,16 @@ def purify_images(
     clamp: bool,
     max_batch: int | None,
     check: bool,
+    drawing: Drawing | None = None,
 ) -> Tensor:
-    """The body of ``IMPure.purify``, for any network; dtype: of the tiles it takes."""
+    """The body of ``IMPure.purify``, for any network; dtype: of the tiles it takes.
+
+    drawing: takes the place of drawing and network where no draws are given.
+    """
     _check_images(images, clamp, check)
     if images.ndim == 3:
         options: dict[str, Any] = dict(seed=seed, streams=streams, draws=draws)
-        options |= dict(clamp=clamp, max_batch=max_batch, check=False)
+        options |= dict(clamp=clamp, max_batch=max_batch, check=False, drawing=drawing)
         return purify_images(network, config, dtype, images[None], **options)[0]
     n = len(images)
     if n == 0:
@@ -194,15 +200,17 @@ def purify_images(
     if draws is not None:
         draws.check(config, (n * count, 3, height, width))
 
+    def draw_and_run(config: IMPureConfig, part: Tensor, key: Seed, streams: Tensor) -> Tensor:
+        return network(part, Draws.sample(config, part.shape, key, streams, device=part.device))
+
     def reconstruct(tiles: Tensor, image: Tensor, place: Tensor) -> Tensor:
         parts = []
         for part, i, j in zip(tiles.split(size), image.split(size), place.split(size), strict=True):
             if draws is None:
                 # A tile's stream: the image's in the low word, its place in the picture in the high one.
-                own = Draws.sample(config, part.shape, key, ids[i] + (j << 32), device=part.device)
+                parts.append((drawing or draw_and_run)(config, part, key, ids[i] + (j << 32)))
             else:
-                own = draws.take(i * count + j)
-            parts.append(network(part, own))
+                parts.append(network(part, draws.take(i * count + j)))
         return torch.cat(parts)
 
     # Without a gradient to the image nobody needs the graph, though the weights would ask for one.

@@ -1,22 +1,28 @@
 """The engine: the model's law in every precision, batch by batch, thread by thread, and never stale."""
 
+import contextlib
 import copy
 import pickle
 import re
 import subprocess
 import sys
 import threading
+import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from impure_fast import Draws, Engine, Error, PurifiedClassifier, load
 from impure_fast.engine import products
-from impure_fast.engine.engine import synthetic_pictures
+from impure_fast.engine.engine import _fold, _in_order, synthetic_pictures
+from impure_fast.engine.graphs import Graphs
 from impure_fast.errors import ConfigError, InputError
+from impure_fast.ops._dispatch import backend, wished
 from impure_fast.purify import to_float
 
 from .conftest import global_generator_untouched, random_images, small_model
@@ -249,6 +255,117 @@ def test_given_pictures_set_the_scales_of_int8():
     want = model.purify(images, seed=0)
     assert psnr(near, want) > psnr(grey, want)
     assert synthetic_pictures(3, 24).aminmax() == (0, 1)
+
+
+def test_fp8_products_and_their_network_agree_with_the_plain_ones():
+    generator = torch.Generator().manual_seed(0)
+    x, w, b, r = (torch.randn(shape, generator=generator) for shape in ((2, 5, 48), (32, 48), (32,), (2, 5, 32)))
+    observed = products.Observed(w, b)
+    observed(x)
+    fast = products.Fp8(observed)
+    for options in ({}, {"gelu": True}, {"residual": r}):
+        want = observed(x, **{k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in options.items()})
+        got = fast(x, **{k: v.bfloat16() if isinstance(v, torch.Tensor) else v for k, v in options.items()})
+        assert got.dtype == torch.bfloat16 and (got - want).square().mean() <= 0.05**2 * want.square().mean()
+    observed = products.Observed(torch.eye(16), torch.zeros(16))
+    observed(torch.tensor([-1.0, 0.5] * 8))
+    far = torch.tensor([[-9.0, 0.5] * 8])
+    assert torch.equal(products.Fp8(observed)(far).float(), far.clamp(min=-1))  # beyond what calibration saw
+
+    model = small_model(embed_dim=32, num_heads=2, decoder_embed_dim=16, decoder_num_heads=2)
+    images = random_images(2, 3, 24, 24)
+    network = _fold(model, "fp8", torch.device("cpu"), None)
+    assert any(isinstance(block.fc1, products.Fp8) for block in network.blocks)
+    draws = Draws.sample(model.config, images.shape, 0)
+    with torch.inference_mode():
+        assert psnr(network(images, draws), model(images, draws)) > 25
+
+
+class Replayed:
+    """In place of ``graphs.Cuda``: a replay that reads the given tensors again, and what a capture would refuse."""
+
+    class Host(TorchDispatchMode):
+        """A captured function may neither make tensors of Python's numbers nor read any."""
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            name = function.overloadpacket.__name__
+            statistics = name == "lift_fresh" and args[0].shape == (3,)  # which a GPU's kernels take as numbers
+            assert statistics or name not in ("lift_fresh", "_local_scalar_dense", "nonzero"), f"{name} needs the host"
+            return function(*args, **(kwargs or {}))
+
+    def __init__(self):
+        self.recorded = 0
+
+    def aside(self):
+        return contextlib.nullcontext()
+
+    def record(self, function):
+        self.recorded += 1
+        with self.Host(), backend("auto"):
+            result = function()
+        return lambda: result.copy_(function()), result
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_graphs_are_captured_once_and_draw_afresh(mode):
+    model = small_model(**MODES[mode])
+    engine = Engine(model, precision="fp32", batch_sizes=(1, 4))
+    (network,), _ = engine._ready()
+    with torch.inference_mode():
+        engine._graphs = [Graphs(network, engine.batch_sizes, Replayed())]
+    plain = Engine(model, precision="fp32")
+    images = random_images(7, 3, 24, 24)
+    for seed in (0, 2**64 - 1):  # 4 + 3 tiles: two network calls, the second padded
+        want = plain.purify(images, seed=seed, streams=range(10, 17))
+        assert (engine.purify(images, seed=seed, streams=range(10, 17)) - want).abs().max() <= 2e-6
+    assert torch.equal(engine.purify(images[0], seed=5), engine.purify(images[:1], seed=5)[0])
+    (graphs,) = engine._graphs
+    assert graphs.cuda.recorded == 2 and engine.stats()["graph_hits"] == 6
+    engine.purify(images, seed=0, image_step=300)
+    assert graphs.cuda.recorded == 3  # another strength, another graph
+    engine.purify(images, draws=Draws.sample(model.config, images.shape, 0))
+    assert engine.stats()["graph_hits"] == 8  # given draws go without
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "fp8"])
+def test_graphs_and_precisions_of_a_gpu_follow_the_model(precision):
+    if precision == "fp8" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("needs compute capability 8.9")
+    model, images = small_model(), random_images(7, 3, 24, 24)
+    engine = Engine(model, precision=precision, device="cuda", batch_sizes=(1, 4))
+    engine.warmup()
+    for seed in (0, 2**64 - 1):
+        got, want = engine.purify(images, seed=seed), model.purify(images, seed=seed)
+        assert psnr(got, want) > {"fp32": 90, "fp8": 25}.get(precision, 45)
+    assert engine.stats()["graph_hits"] == 6  # two of them in warm-up
+    streamed = list(engine.stream(iter(images), seed=1, batch=2))
+    assert psnr(torch.stack(streamed), engine.purify(images, seed=1)) > 90
+
+
+def test_what_cannot_be_captured_runs_without_a_graph_and_says_so(caplog):
+    class Refused(Replayed):
+        def record(self, function):
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    engine = Engine(small_model(), precision="fp32")
+    (network,), _ = engine._ready()
+    engine._graphs = [Graphs(network, None, Refused())]
+    images = random_images(2, 3, 24, 24)
+    got = [engine.purify(images, seed=0) for _ in range(2)]
+    assert torch.equal(got[0], Engine(small_model(), precision="fp32").purify(images, seed=0))
+    assert engine.stats()["graph_hits"] == 0
+    assert caplog.text.count("No CUDA graph for 2 tiles of 24x24: operation not permitted") == 1
+
+
+def test_calls_at_once_keep_their_order_and_their_backend():
+    def call(i):
+        time.sleep(0.02 * (i % 2 == 0))
+        return torch.tensor([i]), wished()
+
+    with backend("reference"):
+        found = list(_in_order((partial(call, i) for i in range(5)), 2))
+    assert [(int(i), name) for i, name in found] == [(i, "reference") for i in range(5)]
 
 
 @pytest.mark.slow

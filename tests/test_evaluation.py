@@ -399,6 +399,25 @@ def test_sign_test_is_one_sided_and_paired():
     assert not scoring.beats(few, b)  # 4 of 4: one chance in 16
 
 
+def test_paired_differences_have_the_interval_of_the_differences():
+    a, b = torch.tensor([0.0, 0, 0, 1]), torch.tensor([1.0, 1, 0, 1])
+    assert scoring.difference(a, b) == {"value": 50.0, "low": -6.58, "high": 106.58}  # 0.5 +- 1.96 x 0.577 / 2
+    assert scoring.difference(a, a) == {"value": 0.0, "low": 0.0, "high": 0.0}
+
+
+def test_two_purifiers_are_compared_image_by_image(data, tmp_path, monkeypatch):
+    fakes = {"idle": lambda images, seed, streams: images, "grey": lambda images, seed, streams: 0 * images + 0.5}
+    monkeypatch.setattr(run.zoo, "load", lambda name: Fake(fakes[name]))
+    found = run.evaluate(settings(data, purifiers=tuple(fakes), levels=("T0",), eps=(8,)), tmp_path)
+    left = {(row["defence"], row["eps"]): row["adversarial"]["all"]["mean"]["value"] for row in found["rows"]}
+    names = [(pair["from"], pair["to"], pair["eps"]) for pair in found["paired"]]
+    assert names == [("idle", "grey", 4), ("idle", "grey", 8)]
+    for pair in found["paired"]:
+        gain = left["grey", pair["eps"]] - left["idle", pair["eps"]]
+        assert pair["gain"]["value"] == pytest.approx(gain, abs=0.02) and pair["images"] == 16
+    assert "Paired differences" in (tmp_path / "report.html").read_text()
+
+
 def test_a_weaker_attack_that_does_better_is_flagged():
     def left(level, accuracy, **parameters):
         hits = torch.zeros(20)

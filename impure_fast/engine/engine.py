@@ -9,9 +9,10 @@ import statistics
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from itertools import chain
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import copy_context
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,9 +25,10 @@ from ..model import IMPure
 from ..philox import Seed, seed_or_fresh
 from ..purify import purify_images
 from .folded import Folded
-from .products import Observed, OneDnn, OneDnnInt8, Plain, onednn_missing
+from .graphs import Graphs
+from .products import Fp8, Observed, OneDnn, OneDnnInt8, Plain, Product, onednn_missing
 
-PRECISIONS = {"cpu": ("fp32", "bf16", "int8"), "cuda": ("fp32", "bf16", "fp16")}
+PRECISIONS = {"cpu": ("fp32", "bf16", "int8"), "cuda": ("fp32", "bf16", "fp16", "fp8")}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 KEPT = 10_000  # calls whose times stats() looks at
 
@@ -36,12 +38,13 @@ class Engine:
 
     model: an ``IMPure``, of which the engine folds a copy; changed weights (an optimiser's step, load_state_dict) are
         noticed at the next call and folded anew.  Writes through ``.data`` leave no trace: call ``refresh`` after them.
-    precision: "fp32", "bf16" or "int8" on a CPU, "fp32", "bf16" or "fp16" on a GPU; None takes bf16 where the
-        hardware has it, else fp32.
-    batch_sizes: tiles that one network call may take; the largest bounds memory.  None: as ``model.purify``.
+    precision: "fp32", "bf16" or "int8" on a CPU; "fp32", "bf16", "fp16" or "fp8" (from compute capability 8.9 on) on
+        a GPU.  None takes bf16 where the hardware has it, else fp32 or fp16.
+    batch_sizes: tiles that one network call may take; the largest bounds memory, and on a GPU each is captured as a
+        CUDA graph at its first use.  None: as ``model.purify``, and graphs of the powers of two.
     device: as torch names it, or several, over which batches are split; None stays with the model's.
-    calibration: for int8, pictures [N, 3, H, W] in [0, 1] of the size to come, whose activations fix the scales; None
-        takes synthetic ones.
+    calibration: for int8 and fp8, pictures [N, 3, H, W] in [0, 1] of the size to come, whose activations fix the
+        scales; None takes synthetic ones.
 
     Results equal ``model.purify`` under the same seed and streams up to the precision.  Thread-safe; can be pickled,
     and is then folded again at the first call.  Raises ConfigError for options that cannot be.
@@ -76,6 +79,7 @@ class Engine:
     def _reset(self) -> None:
         self._lock = threading.Lock()
         self._folded: list[Folded] = []
+        self._graphs: list[Graphs | None] = []
         self._state: list[tuple[int, int]] = []
         self._times: deque[float] = deque(maxlen=KEPT)
         self._images, self._calls, self._busy = 0, 0, 0.0
@@ -119,30 +123,31 @@ class Engine:
         return result
 
     def _on_devices(self, config: Any, images: Tensor, options: dict[str, Any]) -> Tensor:
-        networks = self._ready()
-        size = None if self.batch_sizes is None else self.batch_sizes[-1]
+        networks, graphs = self._ready()
+        options["max_batch"] = None if self.batch_sizes is None else self.batch_sizes[-1]
 
-        def run(network: Folded, part: Tensor, own: dict[str, Any]) -> Tensor:
+        def run(network: Folded, drawing: Graphs | None, part: Tensor, own: dict[str, Any]) -> Tensor:
             with torch.inference_mode():  # a thread starts without it
-                moved = part.to(network.device)
-                return purify_images(network, config, torch.float32, moved, max_batch=size, **own).to(part.device)
+                moved = part.to(network.device, non_blocking=True)
+                return purify_images(network, config, torch.float32, moved, drawing=drawing, **own).to(part.device)
 
         if len(networks) == 1 or images.ndim != 4 or len(images) < 2 or options["draws"] is not None:
-            return run(networks[0], images, options)
+            return run(networks[0], graphs[0], images, options)
         ids = stream_ids(options["streams"], len(images), "cpu")
         parts, own = images.tensor_split(len(networks)), ids.tensor_split(len(networks))
         with ThreadPoolExecutor(len(networks)) as pool:
             given = [{**options, "streams": part} for part in own]
-            return torch.cat(list(pool.map(run, networks, parts, given)))
+            return torch.cat(list(pool.map(run, networks, graphs, parts, given)))
 
-    def _ready(self) -> list[Folded]:
-        """The folded networks, made anew if the model's weights have changed."""
+    def _ready(self) -> tuple[list[Folded], list[Graphs | None]]:
+        """The folded networks and their graphs, made anew if the model's weights have changed."""
         state = [(p.data_ptr(), -1 if p.is_inference() else p._version) for p in self.model.parameters()]
         with self._lock:
             if state != self._state:
                 self._folded = [_fold(self.model, self.precision, d, self.calibration) for d in self.devices]
+                self._graphs = [Graphs(f, self.batch_sizes) if f.device.type == "cuda" else None for f in self._folded]
                 self._state = state
-            return self._folded
+            return self._folded, self._graphs
 
     def refresh(self) -> None:
         """Fold the model's weights anew at the next call."""
@@ -150,9 +155,13 @@ class Engine:
             self._state = []
 
     def warmup(self, height: int | None = None, width: int | None = None) -> None:
-        """Do the first call's work now: fold, pack, load; pictures of height x width, default one tile."""
-        side = self.model.config.tile_size
-        self.purify(torch.zeros(1, 3, height or side, width or side), seed=0)
+        """Do the first call's work now: fold, pack, load, and on a GPU capture the graphs of ``batch_sizes``.
+
+        height, width: of the pictures to come; default one tile.
+        """
+        side, ahead = self.model.config.tile_size, self.devices[0].type == "cuda"
+        for count in (self.batch_sizes if ahead else None) or (1,):
+            self.purify(torch.zeros(count, 3, height or side, width or side), seed=0)
         with self._lock:
             self._times.clear()
             self._images, self._calls, self._busy = 0, 0, 0.0
@@ -164,25 +173,28 @@ class Engine:
 
         images: tensors [3, H, W], of any sizes; the i-th has stream i, so that a seed fixes all.
         batch: neighbours of one size and dtype that go through together; more give more images a second, and wait for
-            each other.  Holds at most ``batch`` pictures and their results.  options: as in ``purify``.
+            each other.  Holds at most ``batch`` pictures and their results, on a GPU twice as many.
+        options: as in ``purify``.
         """
         if batch < 1:
             raise InputError(f"batch={batch}: must be at least 1 picture.")
-        key, count = seed_or_fresh(seed), 0
-        group: list[Tensor] = []
-        for image in chain(images, (None,)):
-            like = image is not None and group and (image.shape, image.dtype) == (group[0].shape, group[0].dtype)
-            if group and (len(group) == batch or not like):
-                streams = (torch.arange(len(group)) + count) % 2**32
-                yield from self.purify(torch.stack(group), seed=key, streams=streams, **options)
-                count, group = count + len(group), []
-            if image is not None:
-                group.append(image)
+        key, device = seed_or_fresh(seed), self.devices[0]
+
+        def run(group: list[Tensor], first: int) -> Tensor:
+            streams, stacked = (torch.arange(len(group)) + first) % 2**32, torch.stack(group)
+            if device.type == "cpu" or not stacked.is_cpu:
+                return self.purify(stacked, seed=key, streams=streams, **options)
+            with torch.cuda.stream(torch.cuda.Stream(device)):
+                return self.purify(stacked.pin_memory(), seed=key, streams=streams, **options)
+
+        ahead = device.type == "cuda"  # the transfers of one group overlap the work of another
+        for results in _in_order((partial(run, *group) for group in _groups(images, batch)), 2 if ahead else 1):
+            yield from results
 
     def stats(self) -> dict[str, float]:
         """Of the calls since construction or ``warmup``: count, images, p50_ms, p90_ms, p99_ms (the last 10,000),
-        images_per_second (over the time spent in calls) and graph_hits (calls answered by a captured CUDA graph; 0, as
-        none is captured yet)."""
+        images_per_second (over the time spent in calls); and graph_hits, the network calls that CUDA graphs answered
+        since the weights were folded (0 on a CPU)."""
         with self._lock:
             times, images, calls, busy = sorted(self._times), self._images, self._calls, self._busy
         ms = [1e3 * t for t in times]
@@ -194,8 +206,35 @@ class Engine:
             "p90_ms": cuts[89],
             "p99_ms": cuts[98],
             "images_per_second": images / busy if busy else 0.0,
-            "graph_hits": 0,
+            "graph_hits": sum(graphs.hits for graphs in self._graphs if graphs is not None),
         }
+
+
+def _groups(images: Iterable[Tensor], batch: int) -> Iterator[tuple[list[Tensor], int]]:
+    """(neighbours of one shape and dtype, at most ``batch``; the place of the first)."""
+    group: list[Tensor] = []
+    for place, image in enumerate(images):
+        if group and (len(group) == batch or (image.shape, image.dtype) != (group[0].shape, group[0].dtype)):
+            yield group, place - len(group)
+            group = []
+        group.append(image)
+    if group:
+        yield group, place + 1 - len(group)
+
+
+def _in_order(calls: Iterable[Callable[[], Tensor]], depth: int) -> Iterator[Tensor]:
+    """Their results; depth: how many run at once, in threads where it is more than 1."""
+    if depth == 1:
+        yield from (call() for call in calls)
+        return
+    with ThreadPoolExecutor(depth) as pool:
+        waiting: deque[Future[Tensor]] = deque()
+        for call in calls:
+            waiting.append(pool.submit(copy_context().run, call))
+            if len(waiting) == depth:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def _best(kind: str) -> str:
@@ -208,11 +247,13 @@ def _fold(model: IMPure, precision: str, device: torch.device, calibration: Tens
     """The model's weights on ``device``, packed for ``precision``."""
     missing = onednn_missing() if device.type == "cpu" else "not a CPU"
     plain = Plain if missing else OneDnn
-    if precision != "int8":
+    if precision in DTYPES:
         dtype = DTYPES[precision]
         return Folded(model, lambda w, b, _: plain(w.to(dtype), b.to(dtype)), dtype, dtype, device)
-    if missing:
+    if precision == "int8" and missing:
         raise ConfigError(f'precision="int8" needs oneDNN ({missing}); choose "fp32" or "bf16".')
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        raise ConfigError(f'precision="fp8" needs compute capability 8.9; {device} has less: choose "bf16" or "fp16".')
     seen: list[Observed] = []
 
     def observe(weight: Tensor, bias: Tensor, _: torch.dtype) -> Observed:
@@ -227,7 +268,17 @@ def _fold(model: IMPure, precision: str, device: torch.device, calibration: Tens
     with torch.inference_mode():
         purify_images(network, model.config, torch.float32, images.to(device), **options)
     products = iter(seen)  # Folded packs in a fixed order
-    return Folded(model, lambda w, b, dtype: OneDnnInt8(next(products), dtype), torch.float32, torch.bfloat16, device)
+    if precision == "int8":
+        form = (torch.float32, torch.bfloat16, device)
+        return Folded(model, lambda w, b, dtype: OneDnnInt8(next(products), dtype), *form)
+
+    def fp8(weight: Tensor, bias: Tensor, _: torch.dtype) -> Product:
+        observed = next(products)
+        if any(side % 16 for side in weight.shape):
+            return Plain(weight.to(torch.bfloat16), bias.to(torch.bfloat16))
+        return Fp8(observed)
+
+    return Folded(model, fp8, torch.bfloat16, torch.bfloat16, device)
 
 
 def synthetic_pictures(count: int, side: int, seed: int = 0) -> Tensor:

@@ -128,7 +128,8 @@ class Folded:
         grids = packed[:, : 2 * k * m].view(n, 2, k, m, -1)
         torch.add(clean, position, out=grids[:, 0])
         self.hide(clean if noised is None else noised, noised is not None, position, draws, out=grids[:, 1])
-        others = torch.tensor([[j for j in range(k) if j != i] for i in range(k)], device=images.device)  # [K, K-1]
+        others = torch.arange(k - 1, device=images.device).expand(k, -1)
+        others = others + (others >= torch.arange(k, device=images.device)[:, None])  # [K, K-1]: i's row lacks i
         packed[:, 2 * k * m :] = self.head_embed(heads[:, others].flatten(2))
         x = packed[:, replica_rows(k * m, k, images.device)].flatten(0, 1)  # [N*K, 1 + L, E]
         for b, block in enumerate(self.decoder_blocks):

@@ -1,8 +1,8 @@
 """Matrix products of the engine, weights packed once: x W^T + b, then GELU or onto a residual.
 
 On a CPU they run on oneDNN through torch (fp32, bf16, int8), elsewhere and where oneDNN is missing on torch's own
-products.  int8: weights per output channel, activations per tensor with scales fixed by calibration, so that an
-image's result never depends on its neighbours in the batch.
+products.  int8: weights per output channel, activations per tensor; fp8 (e4m3): both per tensor.  The scales of
+activations are fixed by calibration, so that an image's result never depends on its neighbours in the batch.
 """
 
 from __future__ import annotations
@@ -111,3 +111,29 @@ class OneDnnInt8:
         scale, zero, dtype = (1.0, 0, self.dtype) if into is None else (into.scale, into.zero, torch.uint8)
         name, form = ("gelu", "none") if gelu else ("none", "")
         return torch.ops.onednn.qlinear_pointwise(*given, self.bias, scale, zero, dtype, name, [], form)
+
+
+class Fp8:
+    """torch's product of 8-bit floats (e4m3) on a GPU, summed in fp32, its result in bf16; widths in sixteens.
+
+    observed: what calibration saw of its input; larger values saturate.
+    """
+
+    takes, scale, zero = torch.bfloat16, 1.0, 0
+
+    def __init__(self, observed: Observed) -> None:
+        weight = observed.weight.float()
+        most = torch.finfo(torch.float8_e4m3fn).max
+        self.input_scale = weight.new_tensor(max(-observed.low, observed.high, 1e-8) / most)
+        self.weight_scale = weight.abs().amax().clamp(min=1e-12) / most
+        self.weight = (weight / self.weight_scale).to(torch.float8_e4m3fn).t()  # [in, out], columns whole
+        self.bias, self.most = observed.bias.to(torch.bfloat16), most
+
+    def __call__(self, x: Tensor, *, gelu: bool = False, residual: Tensor | None = None, into: Any = None) -> Tensor:
+        rows = (x.flatten(0, -2) / self.input_scale).clamp(-self.most, self.most).to(torch.float8_e4m3fn)
+        scales = self.input_scale, self.weight_scale
+        options: dict[str, Any] = dict(bias=self.bias, out_dtype=torch.bfloat16, use_fast_accum=True)
+        y = torch._scaled_mm(rows, self.weight, *scales, **options).unflatten(0, x.shape[:-1])
+        if gelu:
+            return F.gelu(y)
+        return y if residual is None else y.add_(residual)

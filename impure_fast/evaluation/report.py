@@ -129,6 +129,11 @@ def sections(results: dict[str, Any]) -> list[tuple[str, str, Sequence[str], lis
     for level in _levels(results):
         body = [line(row) for row in results["rows"] if row["level"] == level]
         out.append((level, READS[level], HEAD, body))
+    if results["paired"]:
+        says = "gain in points over all images, each under the level's strongest attack, with its 95 % interval"
+        head = ("from", "to", "level", "eps", "attacks", "images", "gain")
+        body = [[*(row[name] for name in head[:-1]), cell(row["gain"])] for row in results["paired"]]
+        out.append(("Paired differences", says, head, body))
     fields = ("defence", "check", "status", "says")
     says = "what would make the figures above worthless"
     out.append(("Checks", says, fields, [[check[name] for name in fields] for check in results["checks"]]))

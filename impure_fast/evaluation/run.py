@@ -12,11 +12,12 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from datetime import timedelta
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -283,6 +284,7 @@ class Evaluation:
             "right": {"n": int(self.right.sum()), "of": len(self.right)},
             "rows": rows,
             "checks": found,
+            "paired": self.paired(plan),
             "analysis": Analysis(self).run() if s.analysis else {},
         }
         report.write(self.folder, results, self.shown())
@@ -335,6 +337,25 @@ class Evaluation:
         rows += [self.strongest(group, defence) for group in groups.values() if len(group) > 1]
         ladder = self.settings.suite == "ladder"
         return rows, checks.compare(measured, profile, bare=defence.name == "none") if ladder else []
+
+    def paired(self, plan: Sequence[tuple[Defence, Profile, list[Job], Any]]) -> list[dict[str, Any]]:
+        """What each later purifier gains on an earlier one: the same images, for each the strongest attack of a level.
+
+        Levels and attacks that only one of the two can be asked are left out.
+        """
+        known = {Path(name).name for name in self.settings.purifiers}
+        found = []
+        for (a, pa, jobs_a, _), (b, pb, jobs_b, _) in combinations([p for p in plan if p[0].name in known], 2):
+            groups: dict[tuple[str, float], list[Job]] = {}
+            for job in jobs_a:
+                if job in jobs_b and job.level != "sanity" and pa.allows(job) and pb.allows(job):
+                    groups.setdefault((job.level, job.eps), []).append(job)
+            for (level, eps), group in groups.items():
+                left = [torch.stack([self.left(job, d).values["mean"] for job in group]).amin(dim=0) for d in (a, b)]
+                gain = scoring.difference(*left)
+                row = dict(level=level, eps=eps, attacks=len(group), images=len(left[0]), gain=gain)
+                found.append({"from": a.name, "to": b.name, **row})
+        return found
 
     def shown(self) -> dict[str, Any]:
         """Pictures of the report, uint8 [k, S, S, 3]: clean, attacked, and purified by each defence."""

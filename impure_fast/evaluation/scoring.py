@@ -73,3 +73,10 @@ def beats(a: Tensor, b: Tensor, level: float = 0.05) -> bool:
     wins, losses = int((a < b).sum()), int((a > b).sum())
     n = wins + losses
     return n > 0 and sum(math.comb(n, k) for k in range(wins, n + 1)) / 2**n < level
+
+
+def difference(a: Tensor, b: Tensor) -> dict[str, float]:
+    """{"value", "low", "high"}: mean of b - a over the same images in points, with its normal 95 % interval."""
+    d = 100 * (b - a).double()
+    mean, half = float(d.mean()), Z * float(d.std()) / math.sqrt(len(d)) if len(d) > 1 else math.inf
+    return {name: round(v, 2) for name, v in (("value", mean), ("low", mean - half), ("high", mean + half))}
