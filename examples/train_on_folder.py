@@ -16,7 +16,8 @@ import torch
 import impure_fast as imp
 from impure_fast.classifiers import LITE0_MEAN, LITE0_STD, Normalised, efficientnet_lite
 from impure_fast.images import find_images, jpeg_bytes, read_image, write_image, write_packed
-from impure_fast.training.loop import TrainConfig, train
+from impure_fast.training.config import TrainConfig
+from impure_fast.training.loop import train
 
 folder, run, steps = sys.argv[1], Path(sys.argv[2]), int([*sys.argv, "20"][3])
 files = find_images([folder], recursive=True)

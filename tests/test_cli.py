@@ -356,7 +356,7 @@ def training(monkeypatch):
 
 
 def test_train_passes_only_what_was_given(tmp_path, run, training):
-    from impure_fast.training.loop import TrainConfig
+    from impure_fast.training.config import TrainConfig
 
     recipe = tmp_path / "recipe.json"
     recipe.write_text('{"lr": 0.5, "crop": 128, "mix_chunks": 0, "guide_nodes": ["a"], "guide_weights": [2.0]}')
@@ -410,7 +410,7 @@ def test_finetune_learns_and_repeats_itself(tmp_path, run):
 
 
 def test_train_takes_a_recipe_by_its_name(tmp_path, run, training):
-    from impure_fast.training.loop import TrainConfig
+    from impure_fast.training.config import TrainConfig
 
     arguments = ["--data", tmp_path / "d.npz", "--output", tmp_path / "run", "--steps", 7, "--tensorboard"]
     assert run("train", *arguments, "--config", "impure_tiny_2")[0] == 0

@@ -35,14 +35,12 @@ from impure_fast.images import PackedImages
 from impure_fast.memory import POLICIES, kept_by
 from impure_fast.ops.patch_mix import mix_mask, patch_mix
 from impure_fast.training import loop
+from impure_fast.training.config import FROZEN, RECIPES, TrainConfig
 from impure_fast.training.data import Batches, adversarial_pairs, stored_pairs
 from impure_fast.training.guide import Guide
 from impure_fast.training.loop import (
-    FROZEN,
-    RECIPES,
     Networks,
     Objective,
-    TrainConfig,
     attack,
     draw,
     from_tiles,

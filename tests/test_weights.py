@@ -11,7 +11,7 @@ import torch
 
 from impure_fast import attacks, demo, load
 from impure_fast.classifiers import LITE0_MEAN, LITE0_STD, Normalised, efficientnet_lite
-from impure_fast.training.loop import TrainConfig
+from impure_fast.training.config import TrainConfig
 from impure_fast.zoo import shipped, weights_folder
 
 ROOT = Path(__file__).parents[1]

@@ -37,14 +37,15 @@ def train(
 ) -> None:
     """Train a purifier against attacks on a classifier; Ctrl-C saves, the same command goes on.
 
-    What is not given keeps the defaults of impure_fast.training.loop.TrainConfig.
+    What is not given keeps the defaults of impure_fast.training.config.TrainConfig.
     """
     from ..evaluation.targets import load_target
     from ..training import loop
+    from ..training.config import TrainConfig
 
     given: dict[str, Any] = dict(model=model, init=init, steps=steps, batch=batch, lr=lr, seed=seed, memory=memory)
     given |= dict(classifier=classifier, guide=guide, tensorboard=tensorboard or None)
-    settings = loop.TrainConfig.from_file(config, **{k: v for k, v in given.items() if v is not None})
+    settings = TrainConfig.from_file(config, **{k: v for k, v in given.items() if v is not None})
     check_device(device)
     networks: dict[str, Any] = {"classifier": load_target(settings.classifier).model, "device": device}
     if settings.guide:

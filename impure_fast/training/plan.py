@@ -17,7 +17,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from ..memory import POLICIES, kept_by
 from ..model import IMPure
-from .loop import OPTIMIZERS, Networks, TrainConfig, draw, step_losses
+from .config import OPTIMIZERS, TrainConfig
+from .loop import Networks, draw, step_losses
 
 if TYPE_CHECKING:
     from rich.table import Table
