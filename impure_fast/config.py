@@ -47,6 +47,8 @@ def _as_tuple(value: Any) -> Any:
 
 def _fits(value: Any, kind: Any) -> bool:
     inner = get_args(kind)
+    if get_origin(kind) is dict:
+        return isinstance(value, dict) and all(isinstance(key, inner[0]) for key in value)
     if get_origin(kind) is tuple:
         if not isinstance(value, tuple):
             return False

@@ -288,11 +288,22 @@ def test_missing_and_foreign_data_are_named(tmp_path):
         ({"lpips_trunk": "resnet"}, "lpips_trunk='resnet': must be one of alex, squeeze, vgg"),
         ({"mix_chunks": 1}, "mix_chunks=1: must be 0 or at least 2"),
         ({"model": "nothing"}, "model='nothing': known presets"),
+        ({"network": {"width": 96}}, r"network=\{'width': 96\}: IMPureConfig has no fields \['width'\]"),
+        ({"network": {"depth": 0}}, "depth=0: must be at least one block"),
+        ({"network": [1]}, r"network=\(1,\): must be dict\[str, Any\]"),
     ],
 )
 def test_impossible_settings_are_refused(settings, change, message):
     with pytest.raises(ConfigError, match=message):
         dataclasses.replace(settings, **change)
+
+
+def test_a_run_may_change_the_preset_s_network(settings, classifier, tmp_path):
+    model = loop.Networks.make(dataclasses.replace(settings, network={"embed_dim": 24}), classifier).model
+    assert (model.config.embed_dim, model.config.depth) == (24, TOY.depth)
+    (tmp_path / "wide.json").write_text(json.dumps({"network": {"embed_dim": 24, "out_indices": [0]}}))
+    network = TrainConfig.from_file(tmp_path / "wide.json").model_config
+    assert (network.embed_dim, network.out_indices, network.patch_size) == (24, (0,), 4)
 
 
 def test_a_guide_node_that_does_not_exist_is_named(classifier):

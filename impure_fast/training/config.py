@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,8 @@ RECIPES = Path(str(files("impure_fast"))) / "training" / "recipes"
 class TrainConfig:
     """One training run.
 
-    model: preset name.  steps, batch: optimiser steps and pictures a step.
+    model: preset name; network: fields of IMPureConfig in place of the preset's.
+    steps, batch: optimiser steps and pictures a step.
     crop: side of a training picture; a larger one than the model's tile_size is cut into tiles, as in use.
     crops: ((crop, batch), ...) in place of both, one drawn for each step; () keeps to them.
     init: weights to begin from (a safetensors file); None begins from random ones.
@@ -61,6 +62,7 @@ class TrainConfig:
     """
 
     model: str = "impure_tiny"
+    network: dict[str, Any] = field(default_factory=dict)
     init: str | None = None
     steps: int = 8000
     batch: int = 2
@@ -176,4 +178,6 @@ class TrainConfig:
     def model_config(self) -> IMPureConfig:
         if self.model not in PRESETS:
             raise ConfigError(f"model={self.model!r}: known presets are {sorted(PRESETS)}.")
-        return PRESETS[self.model]
+        if unknown := sorted(set(self.network) - {f.name for f in fields(IMPureConfig)}):
+            raise ConfigError(f"network={self.network}: IMPureConfig has no fields {unknown}.")
+        return replace(PRESETS[self.model], **self.network)
