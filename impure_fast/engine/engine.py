@@ -173,7 +173,8 @@ class Engine:
 
         images: tensors [3, H, W], of any sizes; the i-th has stream i, so that a seed fixes all.
         batch: neighbours of one size and dtype that go through together; more give more images a second, and wait for
-            each other.  Holds at most ``batch`` pictures and their results, on a GPU twice as many.
+            each other.  Holds at most ``batch`` pictures and their results; on a GPU it reads ``batch`` ahead of what it
+            gives.
         options: as in ``purify``.
         """
         if batch < 1:
@@ -214,10 +215,13 @@ def _groups(images: Iterable[Tensor], batch: int) -> Iterator[tuple[list[Tensor]
     """(neighbours of one shape and dtype, at most ``batch``; the place of the first)."""
     group: list[Tensor] = []
     for place, image in enumerate(images):
-        if group and (len(group) == batch or (image.shape, image.dtype) != (group[0].shape, group[0].dtype)):
+        if group and (image.shape, image.dtype) != (group[0].shape, group[0].dtype):
             yield group, place - len(group)
             group = []
         group.append(image)
+        if len(group) == batch:  # at once: the next frame of a video may not be there yet
+            yield group, place + 1 - len(group)
+            group = []
     if group:
         yield group, place + 1 - len(group)
 
