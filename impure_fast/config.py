@@ -225,16 +225,7 @@ _TINY = IMPureConfig(
 )
 
 # Pictures of 32 pixels in one tile.
-_TINY_CIFAR10 = dataclasses.replace(
-    _TINY,
-    image_size=32,
-    image_step=60,
-    feature_step=80,
-    image_step_range=(10, 200),
-    feature_step_range=(20, 260),
-    tile_size=32,
-    tile_stride=16,
-)
+_TINY_CIFAR10 = dataclasses.replace(_TINY, image_size=32, image_step=60, feature_step=80, tile_size=32, tile_stride=16)
 
 PRESETS: dict[str, IMPureConfig] = {
     "impure_base_patch16_224": _BASE,

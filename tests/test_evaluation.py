@@ -349,6 +349,17 @@ def test_the_defaults_are_the_full_protocol_and_rungs_cut_one_level():
     found = {job.level: job for job in suites.jobs(cut, suites.Profile(True, True), True) if job.attack == "eot-pgd"}
     assert (found["T4"].images, found["T4"].parameters["steps"]) == (8, 5)
     assert (found["T3"].images, found["T3"].parameters["steps"]) == (512, 200)
+    few = dataclasses.replace(full, eps=(4, 8), rungs={"T4": dict(attacks=1)})
+    levels = [job.level for job in suites.jobs(few, suites.Profile(True, True), True)]
+    assert (levels.count("T4"), levels.count("T3")) == (2, 8)
+
+
+def test_a_report_names_files_without_their_folders():
+    found = suites.Settings(
+        data="/a/b.npz", classifier="net=/c/d.pth", purifiers=("impure_tiny", "/e/f.safetensors")
+    ).told()
+    assert (found["data"], found["classifier"], found["classifier_weights"]) == ("b.npz", "net=d.pth", None)
+    assert found["purifiers"] == ("impure_tiny", "f.safetensors") and found["suite"] == "ladder"
 
 
 @pytest.mark.parametrize(

@@ -98,6 +98,15 @@ def test_the_attacker_who_knows_the_purifier_is_told_of(text):
     assert f"leaves {known['2']:.0f} % at 2/255 and {known['4']:.0f} % at 4/255 ({known['n']} views" in words
 
 
+@pytest.mark.parametrize("text", ["README.md", "impure_fast/weights/impure_tiny_cifar10.robust.md"])
+def test_what_is_left_of_cifar10_is_told_as_measured(text):
+    rows = json.loads((RESULTS / "impure_tiny_cifar10-ladder-resnet20.json").read_text())["rows"]
+    words = " ".join((ROOT / text).read_text().split())
+    for name in ("impure_tiny_cifar10", "impure_tiny_cifar10.robust"):
+        (row,) = (row for row in rows if (row["level"], row["defence"]) == ("T4", name))
+        assert f"{row['adversarial']['all']['mean']['value']:.1f}" in words and row["images"] == 128
+
+
 def test_the_results_page_says_what_its_files_say():
     page = " ".join((ROOT / "docs" / "explained" / "results.md").read_text().split())
     for path in sorted(RESULTS.glob("*.json")):

@@ -13,7 +13,7 @@ import typer
 from .. import __version__
 from .common import FeatureStep, ImageStep, Model, say
 
-GPU_STATE = "Nothing has run on a GPU yet: CUDA and Triton kernels are compiled and run on the CPU only, in tests."
+GPU_STATE = "Nothing has run on a GPU yet: CUDA and Triton kernels, CUDA graphs and fp8 are tested on the CPU alone."
 
 
 def demo(

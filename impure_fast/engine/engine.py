@@ -173,8 +173,8 @@ class Engine:
 
         images: tensors [3, H, W], of any sizes; the i-th has stream i, so that a seed fixes all.
         batch: neighbours of one size and dtype that go through together; more give more images a second, and wait for
-            each other.  Holds at most ``batch`` pictures and their results; on a GPU it reads ``batch`` ahead of what it
-            gives.
+            each other.  Holds at most ``batch`` pictures and their results; on a GPU it reads ``batch`` ahead of its
+            results.
         options: as in ``purify``.
         """
         if batch < 1:

@@ -278,7 +278,7 @@ class Evaluation:
             rows += own
             found += [{"defence": defence.name, **check} for check in probed + checked]
         results = {
-            "settings": asdict(s) | {"data": Path(s.data).name},
+            "settings": s.told(),
             "classifier": {"name": self.target.name, "hash": self.ids["classifier"], "side": self.target.side},
             "data": {"name": Path(s.data).name, "hash": self.ids["data"], "images": len(self.images)},
             "right": {"n": int(self.right.sum()), "of": len(self.right)},

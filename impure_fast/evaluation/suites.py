@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field, fields
+import sys
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ class Settings:
     eps: in 1/255; () takes the suite's own.  images: the first so many pictures.
     steps, eot, queries: of the white-box attacks and of Square.  draws: N of the scoring of random defences.
     sanity_images: pictures of the sanity set.  levels: of the ladder.
-    rungs: {level: {"images", "steps", "eot", "queries"}} in place of the above for one level.
+    rungs: {level: {"images", "steps", "eot", "queries"}} in place of the above for one level; "attacks": only the first
+        so many of the ladder's at that level.
     analysis: also run the analyses.  image_step, feature_step: masking strength in place of the purifiers' own.
     """
 
@@ -68,7 +70,7 @@ class Settings:
         need(all(0 < e <= 255 for e in self.eps), "eps", "give numbers in (0, 255], in units of 1/255")
         for name in ("images", "steps", "eot", "queries", "draws", "sanity_images", "batch"):
             need(getattr(self, name) >= 1, name, "must be at least 1")
-        known = {"images", "steps", "eot", "queries"}
+        known = {"images", "steps", "eot", "queries", "attacks"}
         ok = set(self.rungs) <= set(LEVELS) and all(set(rung) <= known for rung in self.rungs.values())
         need(ok, "rungs", f"maps levels ({', '.join(LEVELS)}) to {', '.join(sorted(known))}")
 
@@ -87,9 +89,21 @@ class Settings:
         tuples: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
         return cls(**tuples)
 
+    def told(self) -> dict[str, Any]:
+        """For a report: every field, files by their names, so that it says nothing of the machine."""
+
+        def short(text: str) -> str:
+            return "=".join(Path(part).name for part in text.split("="))
+
+        files = {
+            name: short(getattr(self, name) or "") or None for name in ("data", "classifier", "classifier_weights")
+        }
+        lists = {name: tuple(map(short, getattr(self, name))) for name in ("purifiers", "surrogates")}
+        return asdict(self) | files | lists
+
     def rung(self, level: str) -> dict[str, int]:
-        """images, steps, eot and queries of one level."""
-        own = dict(images=self.images, steps=self.steps, eot=self.eot, queries=self.queries)
+        """images, steps, eot, queries and number of attacks of one level."""
+        own = dict(attacks=sys.maxsize, images=self.images, steps=self.steps, eot=self.eot, queries=self.queries)
         if level == "sanity":
             own["images"] = min(self.images, self.sanity_images)
         return own | self.rungs.get(level, {})
@@ -179,8 +193,9 @@ def _ladder(settings: Settings, profile: Profile, defended: bool, eps: float) ->
     found: list[Job] = []
 
     def add(level: str, attack: str, knows: str, eps: float = eps, **parameters: Any) -> None:
-        if level in settings.levels:
-            found.append(Job(level, attack, eps, knows, settings.rung(level)["images"], parameters))
+        rung, asked = settings.rung(level), sum(job.level == level for job in found)
+        if level in settings.levels and asked < rung["attacks"]:
+            found.append(Job(level, attack, eps, knows, rung["images"], parameters))
 
     for size in (eps / 2, eps):
         add("T0", "pgd", "classifier", size, steps=20, step_size=size / 4 / 255)
