@@ -1,6 +1,7 @@
 """The latency benchmark: what its clock counts, what it refuses to time, what it writes."""
 
 import csv
+import json
 import sys
 import time
 from pathlib import Path
@@ -106,6 +107,16 @@ def test_readme_says_what_the_measurement_said():
         found = [p50.get((provider, *at)) for at in loads]
         cells = [f"{float(value):.0f}" if value else "" for value in found]
         assert [cell.strip() for cell in line.split("|")[2:-1]] == cells
+
+
+def test_the_documents_say_what_a_precision_costs():
+    rows = json.loads((ROOT / "benchmarks" / "results" / "precision-cpu.json").read_text())
+    lines = (ROOT / "docs" / "defend.md").read_text().splitlines()
+    for precision in ("fp32", "bf16", "int8"):
+        own = [row for row in rows if row["precision"] == precision]
+        worst = min(row["psnr_to_fp32"] or 0 for row in own)
+        cells = [*(f"{row['accuracy']:.1f}" for row in own), f"{worst:.1f}" if worst else ""]
+        assert f"| {precision} | {' | '.join(cells)} |" in lines
 
 
 def test_the_picture_shows_the_open_loop_where_it_was_measured(tmp_path):
