@@ -9,6 +9,7 @@ import contextlib
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -94,17 +95,17 @@ class Graphs:
                 graph.replay()
                 self.hits += 1
                 return out.copy_(graph.result[:n])
+        return self._launch(config, tiles, seed, streams)
+
+    def _launch(self, config: IMPureConfig, tiles: Tensor, seed: Seed, streams: Tensor) -> Tensor:
         return self.network(tiles, Draws.sample(config, tiles.shape, seed, streams, device=tiles.device))
 
     def _capture(self, config: IMPureConfig, size: int, like: Tensor) -> Captured | None:
         tiles = like.new_zeros(size, *like.shape[1:])
         streams, seed = (torch.zeros(s, dtype=torch.int64, device=like.device) for s in ((size,), ()))
-
-        def function() -> Tensor:
-            return self.network(tiles, Draws.sample(config, tiles.shape, seed, streams, device=tiles.device))
-
+        launch = partial(self._launch, config, tiles, seed, streams)
         try:
-            return Captured(tiles, streams, seed, *self.cuda.record(function))
+            return Captured(tiles, streams, seed, *self.cuda.record(launch))
         except RuntimeError as error:
             _log.warning("No CUDA graph for %d tiles of %dx%d: %s", size, *like.shape[2:], error)
             return None
