@@ -8,6 +8,7 @@ from impure_fast import __version__
 project, author, release = "impure_fast", "The impure_fast maintainers", __version__
 extensions = ["sphinx.ext.autodoc", "myst_parser"]
 myst_heading_anchors = 3
+linkcheck_ignore = [r"http://(127\.0\.0\.1|localhost)"]  # what a reader starts himself
 html_theme = "furo"
 html_title = f"{project} {release}"
 html_copy_source = html_show_sourcelink = html_show_copyright = False
