@@ -22,7 +22,9 @@ FLOOR = {
 def allowed(operator, dtype, reference, truth):
     """Largest absolute error allowed.  reference: the reference's own result in ``dtype``."""
     own = float((reference.double() - truth).abs().max()) if truth.numel() else 0.0
-    scale = (float(truth.abs().max()) or 1.0) if truth.numel() else 0.0
+    scale = float(truth.abs().max()) if truth.numel() else 0.0
+    if truth.numel() and scale < 1e-12:  # zero but for the rounding of fp64, which differs by processor
+        scale = 1.0
     if dtype == torch.float64:
         scale *= 16  # the truth is the reference itself, and has as many rounding errors
     return FACTOR * own + FLOOR[operator] * EPS[dtype] * scale

@@ -35,10 +35,10 @@ struct AttentionKernels {
   AttentionFunction forward[kFormats], backward[kFormats];
 };
 extern const AttentionKernels kAttentionScalar, kAttentionAvx2, kAttentionAvx512,
-    kAttentionAvx512Bf16;
+    kAttentionAvx512Bf16, kAttentionAmx;
 
 // The best this machine has, unless IMPURE_FAST_CPU_ISA asks for less: scalar, avx2, avx512 (bf16
-// in fp32) or avx512+bf16.
+// in fp32), avx512+bf16 or amx.
 const AttentionKernels& attention_kernels();
 const char* attention_isa();
 

@@ -104,16 +104,20 @@ __attribute__((noinline)) void multiply_rows(int64_t rows, Factor<typename S::Re
 template <class S>
 void multiply(int64_t rows, int64_t lanes, int64_t length, Factor<typename S::Real> a,
               Rows2D<typename S::Real> b, Rows2D<typename S::Real> c, bool add = false) {
-  constexpr int kMost = S::kSums / 2 < 12 ? S::kSums / 2 : 12;
-  for (int64_t at = 0, left = lanes / S::kLanes; left > 0;) {
-    const int64_t parts = (left + 3) / 4, vectors = (left + parts - 1) / parts;
-    const auto go = vectors == 1   ? multiply_rows<S, kMost, 1>
-                    : vectors == 2 ? multiply_rows<S, S::kSums / 2, 2>
-                    : vectors == 3 ? multiply_rows<S, S::kSums / 3, 3>
-                                   : multiply_rows<S, S::kSums / 4, 4>;
-    go(rows, a, b.data + at, b.row, c.data + at, c.row, length, add);
-    at += vectors * S::kLanes;
-    left -= vectors;
+  if constexpr (S::kTiled) {
+    S::multiply(rows, lanes, length, a, b, c, add);
+  } else {
+    constexpr int kMost = S::kSums / 2 < 12 ? S::kSums / 2 : 12;
+    for (int64_t at = 0, left = lanes / S::kLanes; left > 0;) {
+      const int64_t parts = (left + 3) / 4, vectors = (left + parts - 1) / parts;
+      const auto go = vectors == 1   ? multiply_rows<S, kMost, 1>
+                      : vectors == 2 ? multiply_rows<S, S::kSums / 2, 2>
+                      : vectors == 3 ? multiply_rows<S, S::kSums / 3, 3>
+                                     : multiply_rows<S, S::kSums / 4, 4>;
+      go(rows, a, b.data + at, b.row, c.data + at, c.row, length, add);
+      at += vectors * S::kLanes;
+      left -= vectors;
+    }
   }
 }
 
@@ -173,6 +177,7 @@ class Head {
   static void forward(const AttentionProblem& p, const AttentionArrays& x, int64_t begin,
                       int64_t end) {
     Head head(p, x, false);
+    [[maybe_unused]] const typename S::Shapes shapes;
     for (int64_t task = begin; task < end; ++task) {
       head.touch(task, begin, end, false);
       head.forward(task / p.heads, task % p.heads);
@@ -181,6 +186,7 @@ class Head {
   static void backward(const AttentionProblem& p, const AttentionArrays& x, int64_t begin,
                        int64_t end) {
     Head head(p, x, true);
+    [[maybe_unused]] const typename S::Shapes shapes;
     for (int64_t task = begin; task < end; ++task) {
       head.touch(task, begin, end, true);
       head.backward(task / p.heads, task % p.heads);
@@ -192,7 +198,8 @@ class Head {
   using Vector = typename S::Vector;
   using Matrix = Rows2D<Real>;
   static constexpr double kLog2E = 1.4426950408889634;
-  static constexpr int64_t kTouched = 512 * 1024;  // bytes
+  static constexpr int64_t kUnit = S::kTiled ? 2 * S::kLanes : S::kPair;  // of rows in the scratch
+  static constexpr int64_t kTouched = 512 * 1024;                         // bytes
 
   Head(const AttentionProblem& problem, const AttentionArrays& arrays, bool gradients)
       : p_(problem), x_(arrays) {
@@ -208,8 +215,9 @@ class Head {
     const auto take_pairs = [&](int64_t rows, Matrix same) {
       return S::kPair == 1 ? same : take(rows / S::kPair, width);
     };
-    strip_ = smaller(4 * S::kLanes, round_up(p_.queries, S::kLanes));
-    const int64_t queries = round_up(p_.queries, S::kPair), keys = round_up(p_.keys, S::kPair);
+    strip_ =
+        smaller((S::kTiled && !gradients ? 2 : 4) * S::kLanes, round_up(p_.queries, S::kLanes));
+    const int64_t queries = round_up(p_.queries, kUnit), keys = round_up(p_.keys, kUnit);
     k_ = take(keys, words), v_ = take(keys, words);
     q_lanes_ = take(words, strip_), scores_ = take(keys, strip_);
     sums_ = take(gradients ? queries : strip_, width);
@@ -286,7 +294,7 @@ class Head {
         S::store(to[t] + w, load_words<S>(from[t] + w * S::kPair, p_.width - w * S::kPair));
       }
     }
-    zero(to, count, round_up(count, S::kPair));
+    zero(to, count, round_up(count, kUnit));
   }
 
   static void zero(Matrix x, int64_t begin, int64_t end) {
@@ -297,7 +305,7 @@ class Head {
   static void pair_rows(Matrix from, int64_t rows, Matrix to) {
     if constexpr (S::kPair == 2) {
       using Integers = typename S::Integers;
-      for (int64_t i = 0; i < rows; i += 2) {
+      for (int64_t i = 0; i < round_up(rows, kUnit); i += 2) {
         for (int64_t at = 0; at < to.row; at += 2 * S::kLanes) {
           const Integers a = (Integers)S::load(from[i] + at / 2);
           const Integers b = (Integers)S::load(from[i + 1] + at / 2);
@@ -379,25 +387,29 @@ class Head {
     const bool negative = p_.scale < 0;
     const auto pick = [&](V a, V b) { return negative ? Q::min(a, b) : Q::max(a, b); };
     for (int64_t at = 0; at < lanes; at += Q::kLanes) {
-      const auto score = [&](int64_t key) { return Q::load(scores[key] + at); };
-      V peak = score(0), other = score(p_.keys - 1);
-      for (int64_t key = 1; key + 1 < p_.keys; key += 2) {
-        peak = pick(peak, score(key)), other = pick(other, score(key + 1));
+      const Real* from = scores.data + at;
+      V peak = Q::load(from), other = peak;
+      const Real* const last = scores[p_.keys - 1] + at;
+      for (; from < last; from += 2 * lanes) {
+        peak = pick(peak, Q::load(from)), other = pick(other, Q::load(from + lanes));
       }
-      peak = pick(peak, other);
+      peak = pick(pick(peak, other), Q::load(last));
       V sum{};
-      const auto weight = [&](int64_t key) {
-        const V w = exp2<Q>(score(key) - peak, scale2);
+      const auto weight = [&](const Real* score) {
+        const V w = exp2<Q>(Q::load(score) - peak, scale2);
         sum += w;
         return w;
       };
-      for (int64_t key = 0; key < p_.keys; key += Q::kPair) {
-        const V w = weight(key);
-        if constexpr (Q::kPair == 1) {
-          Q::store(scores[key] + at, w);
-        } else {
-          Q::store(scores[key / 2] + at, Q::pack(w, key + 1 < p_.keys ? weight(key + 1) : V{}));
+      from = scores.data + at;
+      if constexpr (Q::kPair == 1) {
+        for (; from <= last; from += lanes) Q::store(const_cast<Real*>(from), weight(from));
+      } else {
+        Real* to = scores.data + at;
+        for (; from < last; from += 2 * lanes, to += lanes) {
+          const V low = weight(from);
+          Q::store(to, Q::pack(low, weight(from + lanes)));
         }
+        if (from == last) Q::store(to, Q::pack(weight(last), V{}));
       }
       Q::store(norm_ + at, 1 / sum);
       store_elements<Q>(lse + at, peak * static_cast<Real>(p_.scale) + log<Q>(sum), queries - at);
@@ -502,7 +514,7 @@ class Head {
 
   const AttentionProblem& p_;
   const AttentionArrays& x_;
-  const int64_t words_ = (p_.width + S::kPair - 1) / S::kPair;
+  const int64_t words_ = round_up(p_.width, S::kTiled ? kUnit : S::kPair) / S::kPair;
   const int64_t key_words_ = (p_.keys + S::kPair - 1) / S::kPair;
   int64_t strip_;  // queries taken at a time
   Matrix q_, k_, v_, g_, q_lanes_, g_lanes_, q_pairs_, k_pairs_, v_pairs_, g_pairs_;

@@ -3,12 +3,31 @@
 #include <cstring>
 #include <vector>
 
+#if defined(__x86_64__) && defined(__linux__) && !defined(__clang__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "cpu/attention.h"
 
 namespace impure_fast {
 namespace {
 
-constexpr const char* kNames[] = {"scalar", "avx2", "avx512", "avx512+bf16"};
+constexpr const char* kNames[] = {"scalar", "avx2", "avx512", "avx512+bf16", "amx"};
+
+// Linux lends a process the tiles when it asks.
+bool amx_granted() {
+#if defined(__x86_64__) && defined(__linux__) && !defined(__clang__)
+  constexpr unsigned kTile = 1u << 24, kBf16 = 1u << 22;  // leaf 7, edx
+  constexpr long kAskFor = 0x1023, kTileData = 18;        // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & kTile) && (edx & kBf16) &&
+         syscall(SYS_arch_prctl, kAskFor, kTileData) == 0;
+#else
+  return false;
+#endif
+}
 
 // Index into kNames of the best this machine has.
 int best_level() {
@@ -20,7 +39,8 @@ int best_level() {
       !__builtin_cpu_supports("bmi2")) {
     return 1;
   }
-  return __builtin_cpu_supports("avx512bf16") ? 3 : 2;
+  if (!__builtin_cpu_supports("avx512bf16")) return 2;
+  return amx_granted() ? 4 : 3;
 #else
   return 0;
 #endif
@@ -45,7 +65,7 @@ const char* attention_isa() { return kNames[level]; }
 const AttentionKernels& attention_kernels() {
   static const AttentionKernels kernels = [] {
     const AttentionKernels* const sets[] = {&kAttentionScalar, &kAttentionAvx2, &kAttentionAvx512,
-                                            &kAttentionAvx512Bf16};
+                                            &kAttentionAvx512Bf16, &kAttentionAmx};
     AttentionKernels best = {};
     for (int i = 0; i <= level; ++i) {
       for (int format = 0; format < kFormats; ++format) {

@@ -39,7 +39,9 @@ struct Simd {
   typedef Real Vector __attribute__((vector_size(sizeof(Real) * kLanesT)));
   typedef Integer Integers __attribute__((vector_size(sizeof(Real) * kLanesT)));
   static constexpr int kLanes = kLanesT, kSums = kSumsT;
-  static constexpr int kPair = 1;  // elements in a word, the unit of a factor
+  static constexpr int kPair = 1;        // elements in a word, the unit of a factor
+  static constexpr bool kTiled = false;  // true: has its own product, between Shapes' life
+  struct Shapes {};
 
   static Vector load(const void* from) {
     Vector x;
