@@ -69,6 +69,8 @@ part_compile() {
         bench 999 $provider run "${what[@]}" --modes forward --rounds 15 --dtypes bfloat16 \
             --providers "reference,auto,engine,$provider" || worst=1
     done
+    [ -n "$small" ] || "$python" -m benchmarks.latency --device "$device" --csv "$out/latency.csv" --batches 1,64 \
+        --seconds 2 --model impure_base_patch16_224 --providers "engine bf16,engine bf16 compiled" || worst=1
     return $worst
 }
 part_tests() { "$python" -m pytest -q tests/ops tests/golden tests/test_engine.py; }

@@ -58,9 +58,9 @@ def providers(model: IMPure, device: str, folder: str | None) -> Iterator[tuple[
         fast.forward = torch.compile(fast.forward)  # type: ignore[method-assign]
         return of_model(fast.purify)
 
-    def engine(precision: str) -> Callable[[], Purify]:
+    def engine(precision: str, compile: bool = False) -> Callable[[], Purify]:
         def make() -> Purify:
-            own = Engine(model, precision=precision, device=device)
+            own = Engine(model, precision=precision, device=device, compile=compile)
             return lambda images, seed: own.purify(images.to(device).float() / 255, seed=seed, check=False)
 
         return make
@@ -74,6 +74,7 @@ def providers(model: IMPure, device: str, folder: str | None) -> Iterator[tuple[
     )
     for precision in PRECISIONS[device]:
         yield f"engine {precision}", engine(precision)
+    yield "engine bf16 compiled", engine("bf16", compile=True)
     if folder is None:
         yield "authors", "needs --authors, a checkout of their repository"
     elif model.config.patch_size != 16:

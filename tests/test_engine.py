@@ -76,6 +76,18 @@ def test_without_onednn_torchs_products_answer(monkeypatch):
         Engine(model, precision="int8").purify(images)
 
 
+@pytest.mark.parametrize("compiler", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_compiled_engine_follows_the_model(precision, compiler, monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=compiler))
+    model = small_model(depth=1, decoder_depth=2, out_indices=(0,))
+    engine = Engine(model, precision=precision, compile=True)
+    for count in (2, 3):  # the second is compiled for any number
+        images = random_images(count, 3, 24, 24)
+        want = model.purify(images, seed=5, clamp=False)
+        assert psnr(engine.purify(images, seed=5, clamp=False), want) > PSNR[precision]
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_picture_does_not_depend_on_its_neighbours(precision):
     engine = Engine(small_model(), precision=precision)
@@ -210,6 +222,7 @@ def test_stats_count_calls_and_warmup_forgets_its_own():
         (dict(precision="fp8"), "precision='fp8': on cpu choose one of fp32, bf16, int8."),
         (dict(device="meta"), "device='meta': wanted one or more devices of one kind, cpu or cuda."),
         (dict(device=["cpu", "cuda"]), "device=['cpu', 'cuda']: wanted one or more devices of one kind, cpu or cuda."),
+        (dict(precision="int8", compile=True), "compile=True: int8 runs on oneDNN alone"),
         (dict(batch_sizes=(0, 4)), "batch_sizes=(0, 4): wanted tile counts of at least 1, or None."),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
@@ -274,7 +287,7 @@ def test_fp8_products_and_their_network_agree_with_the_plain_ones():
 
     model = small_model(embed_dim=32, num_heads=2, decoder_embed_dim=16, decoder_num_heads=2)
     images = random_images(2, 3, 24, 24)
-    network = _fold(model, "fp8", torch.device("cpu"), None)
+    network = _fold(model, torch.device("cpu"), "fp8", None)
     assert any(isinstance(block.fc1, products.Fp8) for block in network.blocks)
     draws = Draws.sample(model.config, images.shape, 0)
     with torch.inference_mode():

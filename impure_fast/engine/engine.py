@@ -45,6 +45,8 @@ class Engine:
     device: as torch names it, or several, over which batches are split; None stays with the model's.
     calibration: for int8 and fp8, pictures [N, 3, H, W] in [0, 1] of the size to come, whose activations fix the
         scales; None takes synthetic ones.
+    compile: also let torch.compile fuse what lies between products and operators; a minute or more at the first call.
+        For GPUs: on a CPU oneDNN's packed products, which it cannot take, are worth more.
 
     Results equal ``model.purify`` under the same seed and streams up to the precision.  Thread-safe; can be pickled,
     and is then folded again at the first call.  Raises ConfigError for options that cannot be.
@@ -58,6 +60,7 @@ class Engine:
         batch_sizes: Sequence[int] | None = None,
         device: str | torch.device | Sequence[str | torch.device] | None = None,
         calibration: Tensor | None = None,
+        compile: bool = False,
     ) -> None:
         if not isinstance(model, IMPure):
             raise ConfigError(f"model is a {type(model).__name__}; Engine wants an IMPure (imp.load gives one).")
@@ -70,10 +73,12 @@ class Engine:
         self.precision = _best(kind) if precision is None else precision
         if self.precision not in known:
             raise ConfigError(f"precision={precision!r}: on {kind} choose one of {', '.join(known)}.")
+        if compile and self.precision == "int8":
+            raise ConfigError('compile=True: int8 runs on oneDNN alone; choose "fp32" or "bf16".')
         if batch_sizes is not None and (not batch_sizes or min(batch_sizes) < 1):
             raise ConfigError(f"batch_sizes={batch_sizes!r}: wanted tile counts of at least 1, or None.")
         self.batch_sizes = None if batch_sizes is None else tuple(sorted(batch_sizes))
-        self.model, self.calibration = model, calibration
+        self.model, self.calibration, self.compile = model, calibration, compile
         self._reset()
 
     def _reset(self) -> None:
@@ -144,7 +149,8 @@ class Engine:
         state = [(p.data_ptr(), -1 if p.is_inference() else p._version) for p in self.model.parameters()]
         with self._lock:
             if state != self._state:
-                self._folded = [_fold(self.model, self.precision, d, self.calibration) for d in self.devices]
+                options = (self.precision, self.calibration, self.compile)
+                self._folded = [_fold(self.model, device, *options) for device in self.devices]
                 self._graphs = [Graphs(f, self.batch_sizes) if f.device.type == "cuda" else None for f in self._folded]
                 self._state = state
             return self._folded, self._graphs
@@ -247,15 +253,27 @@ def _best(kind: str) -> str:
     return "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
 
 
-def _fold(model: IMPure, precision: str, device: torch.device, calibration: Tensor | None) -> Folded:
+def _fold(
+    model: IMPure, device: torch.device, precision: str, calibration: Tensor | None, compile: bool = False
+) -> Folded:
     """The model's weights on ``device``, packed for ``precision``."""
+    if compile:
+        network = _pack(model, device, precision, calibration, Plain)
+        network.compile()
+        return network
     missing = onednn_missing() if device.type == "cpu" else "not a CPU"
-    plain = Plain if missing else OneDnn
+    if precision == "int8" and missing:
+        raise ConfigError(f'precision="int8" needs oneDNN ({missing}); choose "fp32" or "bf16".')
+    return _pack(model, device, precision, calibration, Plain if missing else OneDnn)
+
+
+def _pack(
+    model: IMPure, device: torch.device, precision: str, calibration: Tensor | None, plain: type[Plain | OneDnn]
+) -> Folded:
+    """plain: the products of fp32, bf16 and fp16."""
     if precision in DTYPES:
         dtype = DTYPES[precision]
         return Folded(model, lambda w, b, _: plain(w.to(dtype), b.to(dtype)), dtype, dtype, device)
-    if precision == "int8" and missing:
-        raise ConfigError(f'precision="int8" needs oneDNN ({missing}); choose "fp32" or "bf16".')
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
         raise ConfigError(f'precision="fp8" needs compute capability 8.9; {device} has less: choose "bf16" or "fp16".')
     seen: list[Observed] = []

@@ -23,6 +23,14 @@ from .products import Product
 Pack = Callable[[Tensor, Tensor, torch.dtype], Product]
 
 
+def _add(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """a + b, written to ``out``, a part of a tensor, at once; torch.compile knows no such ``out`` but fuses the copy."""
+    if torch.compiler.is_compiling():
+        out.copy_(a + b)
+    else:
+        torch.add(a, b, out=out)
+
+
 class Norm:
     """Layer norm, its result in the type that a product takes; eps: in place of the module's."""
 
@@ -119,6 +127,13 @@ class Folded:
             self.kernel_bias = model.decoder_rb1.bias * std + mean
 
     def __call__(self, images: Tensor, draws: Draws) -> Tensor:
+        return self.forward(images, draws)
+
+    def compile(self) -> None:
+        """Let torch.compile fuse what lies between products and operators, at the first call."""
+        self.forward = torch.compile(self.forward, fullgraph=True)  # type: ignore[method-assign]
+
+    def forward(self, images: Tensor, draws: Draws) -> Tensor:
         c, n, k = self.config, len(images), self.config.num_chunks
         rows, cols, m = grid_of(c, images.shape)
         cells = table_cells(c, draws.positions, rows, cols).gather(1, draws.order)  # [N, L]
@@ -126,7 +141,7 @@ class Folded:
         position = self.decoder_positions[cells].view(n, k, m, -1)
         packed = clean.new_empty(n, 2 * k * m + k, c.decoder_embed_dim)  # what the replicas are made of
         grids = packed[:, : 2 * k * m].view(n, 2, k, m, -1)
-        torch.add(clean, position, out=grids[:, 0])
+        _add(clean, position, grids[:, 0])
         self.hide(clean if noised is None else noised, noised is not None, position, draws, out=grids[:, 1])
         others = torch.arange(k - 1, device=images.device).expand(k, -1)
         others = others + (others >= torch.arange(k, device=images.device)[:, None])  # [K, K-1]: i's row lacks i
@@ -151,7 +166,7 @@ class Folded:
         tokens = self.embed(x.to(self.dtype)).view(passes, n, k, m, -1)
         x = tokens.new_empty(passes, n, k, 1 + m, c.embed_dim)
         x[..., 0, :] = self.class_token
-        torch.add(tokens, self.positions[cells].view(n, k, m, -1), out=x[..., 1:, :])
+        _add(tokens, self.positions[cells].view(n, k, m, -1), x[..., 1:, :])
         x, mixed = x.flatten(0, 2), None
         for b, block in enumerate(self.blocks):
             x = block(x)
@@ -168,6 +183,6 @@ class Folded:
             assert draws.feature_noise is not None
             step = draws.feature_step[:, :, None, None]
             signal, level = self.signal[step], self.level[step]  # [N, K, 1, 1]
-            torch.add(shown * signal.to(shown.dtype) + level * draws.feature_noise, position, out=out)
+            _add(shown * signal.to(shown.dtype) + level * draws.feature_noise, position, out)
         else:
-            torch.add(shown if noised else self.mask_token, position, out=out)
+            _add(shown if noised else self.mask_token, position, out)
