@@ -24,7 +24,7 @@ Pack = Callable[[Tensor, Tensor, torch.dtype], Product]
 
 
 def _add(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """a + b, written to ``out``, a part of a tensor, at once; torch.compile knows no such ``out`` but fuses the copy."""
+    """a + b, straight into a part of a tensor; torch.compile knows no such ``out`` but fuses the copy."""
     if torch.compiler.is_compiling():
         out.copy_(a + b)
     else:
