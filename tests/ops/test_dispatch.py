@@ -27,6 +27,8 @@ def fresh(monkeypatch):
     monkeypatch.setattr(_dispatch, "_told", set())
     yield
     set_backend(None)
+
+
 INSTRUCTION_SETS = ("scalar", "avx2", "avx512", "avx512+bf16", "amx")
 
 
