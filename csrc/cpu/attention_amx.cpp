@@ -44,7 +44,7 @@ struct Tile16 : Pair16 {
   };
 
   // Rows of A and C and rows of B are taken in whole tiles: what lies between ``rows`` and the next
-  // 16 is memory of the matrix, and B's rows from ``length`` on are zero.
+  // 16 is memory of the matrix, and B's rows from ``length`` on are zero.  A's columns adjoin.
   __attribute__((noinline)) static void multiply(int64_t rows, int64_t lanes, int64_t length,
                                                  Factor<float> a, Rows2D<float> b, Rows2D<float> c,
                                                  bool add) {
@@ -70,30 +70,16 @@ struct Tile16 : Pair16 {
     each<kTiles>(
         [&](auto tile) { add ? load_sums(tile, c.data + tile * kSide, c.row) : zero_sums(tile); });
     alignas(64) float part[kSide][kSide];
-    for (int64_t j = 0; j < length;
-         j += kSide, a.data += kSide * a.column, b.data += kSide * b.row) {
-      const bool whole = a.column == 1 && j + kSide <= length;
-      if (!whole) gather(a, smaller(kSide, length - j), {part[0], kSide});
+    for (int64_t j = 0; j < length; j += kSide, a.data += kSide, b.data += kSide * b.row) {
+      const bool whole = j + kSide <= length;
+      for (int64_t i = 0; !whole && i < kSide; ++i) {
+        store(part[i], load_part(a.data + i * a.row, (length - j) * sizeof(float)));
+      }
       asm volatile("" ::: "memory");
       _tile_loadd(4, whole ? a.data : part[0], 4 * (whole ? a.row : kSide));
       each<kTiles>([&](auto tile) { add_product(tile, b.data + tile * kSide, b.row); });
     }
     each<kTiles>([&](auto tile) { store_sums(tile, c.data + tile * kSide, c.row); });
-  }
-
-  // 16 rows of up to 16 words, the rest zero.
-  static void gather(Factor<float> from, int64_t words, Rows2D<float> to) {
-    Vector x[kSide];
-    if (from.column == 1) {
-      for (int64_t i = 0; i < kSide; ++i) {
-        store(to[i], load_part(from.data + i * from.row, words * sizeof(float)));
-      }
-    } else {
-      for (int64_t j = 0; j < kSide; ++j) {
-        x[j] = j < words ? load(from.data + j * from.column) : Vector{};
-      }
-      store_transposed<Tile16>(x, to);
-    }
   }
 
   template <int kTiles, class Work>

@@ -6,7 +6,8 @@
 //   weights  dP^T[key][queries] = V[key][d] * dO^T[d][queries]         max and sum are vertical;
 //   values   out[query][d]      = P^T[key][query] * V[key][d]          lanes over the width,
 //   gradients dV[key][d] = P^T[key][query] * dO[query][d], dK likewise, dQ as the values.
-// A word holds one element, or a pair of bf16 adjacent along the summed axis.
+// A word holds one element, or a pair of bf16 adjacent along the summed axis.  AMX has a product of
+// its own (attention_amx.cpp), and sums values transposed, V^T P, to take P as it lies.
 //
 // Queries are taken in strips whose scores against all keys stay in the cache, so the softmax is
 // exact at once and nothing is rescaled.  Rows are packed first: to the vector type's words, padded
@@ -139,6 +140,19 @@ void store_transposed(typename S::Vector (&x)[S::kLanes], Rows2D<typename S::Rea
   for (int i = 0; i < S::kLanes; ++i) S::store(to[i], x[i]);
 }
 
+// Whole vectors of rows and of columns.
+template <class S>
+void transpose(Rows2D<typename S::Real> from, int64_t rows, int64_t columns,
+               Rows2D<typename S::Real> to) {
+  for (int64_t i = 0; i < rows; i += S::kLanes) {
+    for (int64_t at = 0; at < columns; at += S::kLanes) {
+      typename S::Vector x[S::kLanes];
+      for (int r = 0; r < S::kLanes; ++r) x[r] = S::load(from[i + r] + at);
+      store_transposed<S>(x, {to[at] + i, to.row});
+    }
+  }
+}
+
 // The words of up to a vector of elements; what is missing is zero.
 template <class S, class T>
 typename S::Vector load_words(const T* from, int64_t count) {
@@ -222,6 +236,10 @@ class Head {
     q_lanes_ = take(words, strip_), scores_ = take(keys, strip_);
     sums_ = take(gradients ? queries : strip_, width);
     norm_ = block.take<Real>(strip_);
+    if (S::kTiled) {
+      sums_lanes_ = take(width, strip_);
+      (gradients ? k_columns_ : v_columns_) = take(width, keys / S::kPair);
+    }
     if (!gradients) {
       v_pairs_ = take_pairs(keys, v_);
       return block.at;
@@ -359,6 +377,7 @@ class Head {
     pack(tokens(x_.k, p_.k, sequence, head), p_.keys, k_);
     pack(tokens(x_.v, p_.v, sequence, head), p_.keys, v_);
     pair_rows(v_, p_.keys, v_pairs_);
+    if constexpr (S::kTiled) transpose<S>(v_pairs_, v_columns_.row, v_pairs_.row, v_columns_);
     T* const out = static_cast<T*>(x_.out) + (sequence * p_.queries * p_.heads + head) * p_.width;
     Real* const lse = static_cast<Real*>(x_.lse) + (sequence * p_.heads + head) * p_.queries;
     for_strips([&]<class Q>(int64_t first, int64_t queries, int64_t lanes) {
@@ -366,11 +385,25 @@ class Head {
       pack_lanes<Q>(q, first, queries, q_lanes);
       multiply<Q>(p_.keys, lanes, words_, {k_.data, k_.row, 1}, q_lanes, scores);
       softmax<Q>(scores, lanes, lse + first, queries);
-      multiply<S>(queries, sums_.row, key_words_, {scores.data, 1, lanes}, v_pairs_, sums_);
+      sum_values(scores, lanes, queries, v_pairs_, v_columns_, sums_);
       for (int64_t i = 0; i < queries; ++i) {
         store_row(sums_[i], norm_[i], out + (first + i) * p_.heads * p_.width);
       }
     });
+  }
+
+  // sums[query] = sum_key weights[key][query] values[key].  weights: words of keys, lanes over
+  // queries; values as words of keys: pairs [key word][width], columns [width][key word].
+  void sum_values(Matrix weights, int64_t lanes, int64_t queries, Matrix pairs, Matrix columns,
+                  Matrix sums) const {
+    if constexpr (S::kTiled) {  // tiles take the weights as they lie if they come second
+      const Matrix sums_lanes{sums_lanes_.data, lanes};
+      zero(weights, key_words_, columns.row);
+      multiply<S>(sums.row, lanes, key_words_, {columns.data, columns.row, 1}, weights, sums_lanes);
+      transpose<S>(sums_lanes, sums.row, lanes, sums);
+    } else {
+      multiply<S>(queries, sums.row, key_words_, {weights.data, 1, lanes}, pairs, sums);
+    }
   }
 
   void store_row(const Real* from, Real factor, T* to) const {
@@ -454,6 +487,7 @@ class Head {
     pack(g, p_.queries, g_);
     pair_rows(q_, p_.queries, q_pairs_);
     pair_rows(k_, p_.keys, k_pairs_);
+    if constexpr (S::kTiled) transpose<S>(k_pairs_, k_columns_.row, k_pairs_.row, k_columns_);
     pair_rows(g_, p_.queries, g_pairs_);
     const Real* const lse =
         static_cast<const Real*>(x_.lse) + (sequence * p_.heads + head) * p_.queries;
@@ -472,8 +506,7 @@ class Head {
                   first > 0);
       multiply<S>(p_.keys, dk_.row, pairs, {s_rows.data, s_rows.row, 1}, pair_at(q_pairs_), dk_,
                   first > 0);
-      multiply<S>(queries, sums_.row, key_words_, {slopes.data, 1, lanes}, k_pairs_,
-                  {sums_[first], sums_.row});
+      sum_values(slopes, lanes, queries, k_pairs_, k_columns_, {sums_[first], sums_.row});
     });
   }
 
@@ -518,6 +551,7 @@ class Head {
   const int64_t key_words_ = (p_.keys + S::kPair - 1) / S::kPair;
   int64_t strip_;  // queries taken at a time
   Matrix q_, k_, v_, g_, q_lanes_, g_lanes_, q_pairs_, k_pairs_, v_pairs_, g_pairs_;
+  Matrix k_columns_, v_columns_, sums_lanes_;  // of tiles alone
   Matrix scores_, slopes_, p_rows_, s_rows_, sums_, dk_, dv_, total_[3];
   Real* norm_;
 };
