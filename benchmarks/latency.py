@@ -242,7 +242,9 @@ def draw(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
     grid = figure.subplots(len(found), len(columns), squeeze=False)
     for line, (what, loops) in zip(grid, found.items(), strict=True):
         for axis, loop in zip(line, columns, strict=True):
-            axis.set_visible(bool(loops[loop]))
+            if not loops[loop]:
+                axis.set_visible(False)
+                continue
             for provider, points in loops[loop].items():
                 x = [point["images_per_second"] if loop == "closed" else at for at, point in sorted(points.items())]
                 y = [point["p50_ms"] for _, point in sorted(points.items())]

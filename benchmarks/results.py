@@ -153,20 +153,22 @@ def table(entries: list[dict[str, str]]) -> str:
 
 
 def networks(entries: list[dict[str, str]]) -> str:
-    """Markdown: median milliseconds of a network's forward pass by provider, in its last run."""
-    cells: dict[str, dict[tuple[str, ...], str]] = defaultdict(dict)
-    columns, sources = set[tuple[str, ...]](), set[str]()
+    """Markdown: median milliseconds of a network's forward pass by provider, in its last run; a table a device."""
+    cells: dict[str, dict[str, dict[tuple[str, ...], str]]] = defaultdict(lambda: defaultdict(dict))
+    sources: dict[str, set[str]] = defaultdict(set)
     for (device, dtype, op, shape, provider, mode), statistics in latest(entries).items():
         if op.startswith("reconstruct ") and mode == "forward" and (line := statistics.get("median_us")):
             column = (op.removeprefix("reconstruct "), shape, dtype)
-            columns.add(column)
-            cells[provider][column] = f"{float(line['value']) / 1000:.0f}"
-            sources.add(f"{device}, {line['date'][:10]}, commit {line['commit']}")
-    ordered = sorted(columns)
-    head = " | ".join(f"`{name}` {shape}, {dtype}" for name, shape, dtype in ordered)
-    text = [f"| provider | {head} |", f"| --- | {' | '.join('---:' for _ in columns)} |"]
-    text += [f"| {name} | {' | '.join(row.get(c, '') for c in ordered)} |" for name, row in cells.items()]
-    return "\n".join([*text, "", f"Median milliseconds of a forward pass. {'; '.join(sorted(sources))}."])
+            cells[device][provider][column] = f"{float(line['value']) / 1000:.0f}"
+            sources[device].add(f"{line['date'][:10]}, commit {line['commit']}")
+    text = []
+    for device, rows in cells.items():
+        columns = sorted({column for row in rows.values() for column in row})
+        head = " | ".join(f"`{name}` {shape}, {dtype}" for name, shape, dtype in columns)
+        text += [f"| {device} | {head} |", f"| --- | {' | '.join('---:' for _ in columns)} |"]
+        text += [f"| {name} | {' | '.join(row.get(c, '') for c in columns)} |" for name, row in rows.items()]
+        text += ["", f"Median milliseconds of a forward pass. {device}, {'; '.join(sorted(sources[device]))}.", ""]
+    return "\n".join(text[:-1])
 
 
 def floors() -> str:

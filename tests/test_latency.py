@@ -97,7 +97,10 @@ def test_readme_says_what_the_measurement_said():
     rows = [
         row for row in csv.DictReader(latency.CSV.open()) if (row["loop"], row["statistic"]) == ("closed", "p50_ms")
     ]
-    p50 = {(r["provider"], r["model"], float(r["load"])): r["value"] for r in rows}
+    p50, xeon = (
+        {(r["provider"], r["model"], float(r["load"])): r["value"] for r in rows if r["machine"].startswith(machine)}
+        for machine in ("AMD EPYC", "Intel(R) Xeon(R)")
+    )
     loads = [("impure_tiny", 1), ("impure_tiny", 64), ("impure_base_patch16_224", 1), ("impure_base_patch16_224", 4)]
     readme = (ROOT / "README.md").read_text().splitlines()
     said = readme[readme.index(next(line for line in readme if line.startswith("| | `impure_tiny`, batch 1"))) + 2 :]
@@ -107,6 +110,16 @@ def test_readme_says_what_the_measurement_said():
         found = [p50.get((provider, *at)) for at in loads]
         cells = [f"{float(value):.0f}" if value else "" for value in found]
         assert [cell.strip() for cell in line.split("|")[2:-1]] == cells
+    words = " ".join(readme)
+    for provider, phrase in (
+        ("authors", "{} ms in the authors' code"),
+        ("authors bf16 autocast", "{} under their bf16 autocast"),
+        ("engine bf16", "{} in the bf16 engine"),
+        ("engine int8", "{} in int8;"),
+    ):
+        assert phrase.format(f"{float(xeon[provider, 'impure_base_patch16_224', 1]):.0f}") in words
+    own = [f"{float(xeon[name, 'impure_tiny', 1]):.0f}" for name in ("reference", "engine bf16")]
+    assert "`impure_tiny` {} on the reference path, {} in bf16".format(*own) in words
 
 
 def test_the_documents_say_what_a_precision_costs():
