@@ -120,7 +120,7 @@ def test_a_gradient_of_the_neighbouring_row_is_not_timed(tmp_path):
 def test_the_gate_holds_a_network_to_its_own_precision():
     """In bf16 neither another picture nor a coarser result passes; fp32 wants fp32."""
     net = next(problem for problem in SMALL if problem.preset)
-    for dtype, coarse in ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float8_e4m3fn)):
+    for dtype, coarse in ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float8_e5m2)):
         inputs = net.make(dtype, "cpu")
         (own,), (true,) = oracle(net, inputs)
         assert error(net, [own], [own], [true]) <= 0.5
