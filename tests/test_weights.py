@@ -139,3 +139,12 @@ def test_the_results_page_has_every_ladder(path):
     assert path.name in page and report.table(*report.overview(results)) in page
     for pair in results["paired"]:
         assert report.cell(pair["gain"]) in page
+
+
+def test_the_results_page_has_the_strengths():
+    results = json.loads((RESULTS / "impure_tiny-strength-lite1.json").read_text())
+    page = (ROOT / "docs" / "explained" / "results.md").read_text()
+    assert report.table(*report.overview(results)) in page
+    default = f"steps-{(c := load('impure_tiny').config).image_step}-{c.feature_step}.safetensors"
+    pairs = [pair for pair in results["paired"] if default in (pair["from"], pair["to"])]
+    assert len(pairs) == 8 and all(report.cell(pair["gain"]) in page for pair in pairs)
