@@ -27,6 +27,8 @@ VECTORS = {
     "p10": (35, 9),  # released widths at 224 pixels, from seeds
     "p11a": (16, 16),  # guided loss with mixing, gradients
 }
+# A vector from seeds hands over no tables, and the last bit of one's own depends on the processor's square root.
+OWN_TABLES = {"p10": {"drop_tables": True}}
 NETWORK = {"patch_assemble", "patch_mask", "reconstruction_attention"}  # operators of every pass
 
 
@@ -34,7 +36,7 @@ NETWORK = {"patch_assemble", "patch_mask", "reconstruction_attention"}  # operat
 @pytest.mark.parametrize("vector", VECTORS)
 def test_reference_agrees_with_the_released_code(vector, run):
     with backend("reference"):
-        rows = compare(FOLDER / f"{vector}.npz", golden_model, **RUNS[run])
+        rows = compare(FOLDER / f"{vector}.npz", golden_model, **RUNS[run] | OWN_TABLES.get(vector, {}))
     assert [str(row) for row in rows if row.failed] == []
     assert len(rows) >= VECTORS[vector][0]
 
@@ -55,7 +57,7 @@ def test_operators_agree_with_the_released_code(vector, run, wish, monkeypatch):
         pytest.skip(" ".join(reasons))
     monkeypatch.setattr(_dispatch, "_last", {})
     with backend(wish):
-        rows = compare(FOLDER / f"{vector}.npz", golden_model, **RUNS[run])
+        rows = compare(FOLDER / f"{vector}.npz", golden_model, **RUNS[run] | OWN_TABLES.get(vector, {}))
     assert [str(row) for row in rows if row.failed] == []
     assert len(rows) >= VECTORS[vector][1]
     ran = last_backends()
