@@ -282,7 +282,7 @@ def _figures(
     if work[0]:
         floor = max(work[0] / top[0], work[1] / top[1])
         row |= {"gbytes_per_s": round(work[0] / median / 1e9, 2), "gflops": round(work[1] / median / 1e9, 2)}
-        row |= {"intensity": round(work[1] / work[0], 3), "of_floor": round(floor / median, 4)}
+        row |= {"intensity": round(work[1] / work[0], 3), "of_floor": float(f"{floor / median:.4g}")}
         row |= {"copy_gbytes_per_s": round(top[0] / 1e9, 1), "product_gflops": round(top[1] / 1e9, 1)}
     return row
 
