@@ -27,7 +27,7 @@ VECTORS = {
     "p10": (35, 9),  # released widths at 224 pixels, from seeds
     "p11a": (16, 16),  # guided loss with mixing, gradients
 }
-# A vector from seeds hands over no tables, and the last bit of one's own depends on the processor's square root.
+# A vector from seeds hands over no tables, and the last bit of one's own depends on the processor.
 OWN_TABLES = {"p10": {"drop_tables": True}}
 NETWORK = {"patch_assemble", "patch_mask", "reconstruction_attention"}  # operators of every pass
 
