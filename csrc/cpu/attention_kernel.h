@@ -420,11 +420,11 @@ class Head {
     const bool negative = p_.scale < 0;
     const auto pick = [&](V a, V b) { return negative ? Q::min(a, b) : Q::max(a, b); };
     for (int64_t at = 0; at < lanes; at += Q::kLanes) {
-      const Real* from = scores.data + at;
-      V peak = Q::load(from), other = peak;
+      Real* from = scores.data + at;
       const Real* const last = scores[p_.keys - 1] + at;
-      for (; from < last; from += 2 * lanes) {
-        peak = pick(peak, Q::load(from)), other = pick(other, Q::load(from + lanes));
+      V peak = Q::load(from), other = peak;
+      for (const Real* score = from; score < last; score += 2 * lanes) {
+        peak = pick(peak, Q::load(score)), other = pick(other, Q::load(score + lanes));
       }
       peak = pick(pick(peak, other), Q::load(last));
       V sum{};
@@ -433,16 +433,10 @@ class Head {
         sum += w;
         return w;
       };
-      from = scores.data + at;
-      if constexpr (Q::kPair == 1) {
-        for (; from <= last; from += lanes) Q::store(const_cast<Real*>(from), weight(from));
-      } else {
-        Real* to = scores.data + at;
-        for (; from < last; from += 2 * lanes, to += lanes) {
-          const V low = weight(from);
-          Q::store(to, Q::pack(low, weight(from + lanes)));
-        }
-        if (from == last) Q::store(to, Q::pack(weight(last), V{}));
+      for (Real* to = from; from <= last; from += Q::kPair * lanes, to += lanes) {
+        V word = weight(from);
+        if constexpr (Q::kPair == 2) word = Q::pack(word, from < last ? weight(from + lanes) : V{});
+        Q::store(to, word);
       }
       Q::store(norm_ + at, 1 / sum);
       store_elements<Q>(lse + at, peak * static_cast<Real>(p_.scale) + log<Q>(sum), queries - at);

@@ -151,6 +151,8 @@ class Engine:
             if state != self._state:
                 options = (self.precision, self.calibration, self.compile)
                 self._folded = [_fold(self.model, device, *options) for device in self.devices]
+                for network in self._folded if self.compile else ():
+                    network.compile()
                 self._graphs = [Graphs(f, self.batch_sizes) if f.device.type == "cuda" else None for f in self._folded]
                 self._state = state
             return self._folded, self._graphs
@@ -256,24 +258,14 @@ def _best(kind: str) -> str:
 def _fold(
     model: IMPure, device: torch.device, precision: str, calibration: Tensor | None, compile: bool = False
 ) -> Folded:
-    """The model's weights on ``device``, packed for ``precision``."""
-    if compile:
-        network = _pack(model, device, precision, calibration, Plain)
-        network.compile()
-        return network
-    missing = onednn_missing() if device.type == "cpu" else "not a CPU"
-    if precision == "int8" and missing:
-        raise ConfigError(f'precision="int8" needs oneDNN ({missing}); choose "fp32" or "bf16".')
-    return _pack(model, device, precision, calibration, Plain if missing else OneDnn)
-
-
-def _pack(
-    model: IMPure, device: torch.device, precision: str, calibration: Tensor | None, plain: type[Plain | OneDnn]
-) -> Folded:
-    """plain: the products of fp32, bf16 and fp16."""
+    """The model's weights on ``device``, packed for ``precision``; compile: in products that torch.compile takes."""
+    missing = "not to be compiled" if compile else onednn_missing() if device.type == "cpu" else "not a CPU"
+    plain = Plain if missing else OneDnn
     if precision in DTYPES:
         dtype = DTYPES[precision]
         return Folded(model, lambda w, b, _: plain(w.to(dtype), b.to(dtype)), dtype, dtype, device)
+    if precision == "int8" and missing:
+        raise ConfigError(f'precision="int8" needs oneDNN ({missing}); choose "fp32" or "bf16".')
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
         raise ConfigError(f'precision="fp8" needs compute capability 8.9; {device} has less: choose "bf16" or "fp16".')
     seen: list[Observed] = []

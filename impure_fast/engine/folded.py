@@ -125,13 +125,14 @@ class Folded:
         if c.pixel_conv:
             self.kernel = model.decoder_rb1.weight * std.view(3, 1, 1, 1)
             self.kernel_bias = model.decoder_rb1.bias * std + mean
+        self.run: Callable[[Tensor, Draws], Tensor] = self.forward
 
     def __call__(self, images: Tensor, draws: Draws) -> Tensor:
-        return self.forward(images, draws)
+        return self.run(images, draws)
 
     def compile(self) -> None:
         """Let torch.compile fuse what lies between products and operators, at the first call."""
-        self.forward = torch.compile(self.forward, fullgraph=True)  # type: ignore[method-assign]
+        self.run = torch.compile(self.forward, fullgraph=True)
 
     def forward(self, images: Tensor, draws: Draws) -> Tensor:
         c, n, k = self.config, len(images), self.config.num_chunks
