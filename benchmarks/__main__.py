@@ -6,13 +6,12 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from impure_fast.errors import Error, InputError
-from impure_fast.images import write_atomically
+from impure_fast.images import write_text
 
 from . import authors, compare, kernelbench, providers, results
 from .registry import DTYPES, Problem, cases
@@ -133,7 +132,7 @@ def _keep(options: argparse.Namespace, rows: list[dict[str, Any]], new: list[dic
     """Add to the rows, and at once to the files: a run that is ended early leaves what it had."""
     rows += new
     if options.json:
-        write_atomically(options.json, lambda path: Path(path).write_text(json.dumps(rows, indent=1) + "\n"))
+        write_text(options.json, json.dumps(rows, indent=1) + "\n")
     if options.csv:
         results.append(options.csv, results.COLUMNS, results.lines(new))
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from impure_fast.errors import Error, InputError
-from impure_fast.images import write_atomically
+from impure_fast.images import write_text
 
 from .providers import providers
 from .registry import Problem, cases, problems
@@ -39,7 +39,7 @@ def run(options: Any) -> int:
     with _tree(options.old) as old, _tree(options.new) as new:
         rows = [_pairs(*case, options, old, new) for case in chosen]
     if options.json:
-        write_atomically(options.json, lambda path: Path(path).write_text(json.dumps(rows, indent=1) + "\n"))
+        write_text(options.json, json.dumps(rows, indent=1) + "\n")
     return int(any(row.get("verdict") in (None, "new is slower") for row in rows))
 
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from impure_fast.errors import InputError, MissingFileError
-from impure_fast.images import write_atomically
+from impure_fast.images import write_text
 from impure_fast.ops._lib import OPERATORS
 
 from .providers import load
@@ -51,7 +51,7 @@ def write(_: Any = None) -> None:
     FOLDER.mkdir(exist_ok=True)
     for problem in chosen():
         text = source(problem)
-        write_atomically(FOLDER / f"{problem.name}.py", lambda path, text=text: Path(path).write_text(text))
+        write_text(FOLDER / f"{problem.name}.py", text)
         print(f"wrote {problem.name}.py")
 
 
@@ -135,7 +135,7 @@ def score(options: Any) -> None:
         figures = f"{row['speedup']:6.2f}x, {100 * row['of_floor']:.1f} % of the floor" if row["correct"] else ""
         print(f"{row['problem']:50} {figures or row['why_not']}")
     if options.json:
-        write_atomically(options.json, lambda path: Path(path).write_text(json.dumps(rows, indent=1) + "\n"))
+        write_text(options.json, json.dumps(rows, indent=1) + "\n")
 
 
 def _apart(file: Path, options: Any) -> dict[str, Any]:

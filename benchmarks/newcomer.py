@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from impure_fast.demo import processor_name
-from impure_fast.images import read_image, write_atomically
+from impure_fast.images import read_image, write_text
 
 COMMANDS = (
     'pip install "impure-fast[cli]"',
@@ -72,7 +72,7 @@ def main() -> None:
     print(f"{whole:7.1f} s, of a processor {spent:6.1f} s  in all, a picture of {figures['picture']} pixels")
     if options.json:
         text = json.dumps(figures, indent=2) + "\n"
-        write_atomically(options.json, lambda path: Path(path).write_text(text))
+        write_text(options.json, text)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from impure_fast.demo import EPS, SEED, decide, packed_views, photograph_views
 from impure_fast.engine.engine import PRECISIONS
 from impure_fast.errors import Error
 from impure_fast.evaluation.analysis import psnr
-from impure_fast.images import write_atomically
+from impure_fast.images import write_text
 
 from .runner import available, machine, positive
 
@@ -81,7 +80,7 @@ def main() -> None:
     except (Error, OSError) as error:
         parser.exit(2, f"{error}\n")
     if options.json:
-        write_atomically(options.json, lambda path: Path(path).write_text(json.dumps(rows, indent=1) + "\n"))
+        write_text(options.json, json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -28,7 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from impure_fast import Draws, IMPure, backend, create_model
 from impure_fast.errors import Error
-from impure_fast.images import write_atomically
+from impure_fast.images import write_text
 from impure_fast.memory import POLICIES
 from impure_fast.training.losses import pixel_loss
 from impure_fast.training.plan import count_kept
@@ -162,7 +161,7 @@ def main() -> None:
     for row in rows:
         print(json.dumps(row), flush=True)
     if options.json:
-        write_atomically(options.json, lambda path: Path(path).write_text(json.dumps(rows, indent=1) + "\n"))
+        write_text(options.json, json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

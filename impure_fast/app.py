@@ -22,7 +22,7 @@ from .classifiers import LITE0_MEAN, LITE0_SIZE, LITE0_STD, Normalised, efficien
 from .config import NUM_STEPS, IMPureConfig
 from .demo import NOTICE, SEED, decide, difference, photograph_files
 from .engine import Engine
-from .errors import ConfigError, Error, ImageFileError, InputError, MissingExtraError
+from .errors import ConfigError, Error, ImageFileError, InputError, needs_extra
 from .images import read_image
 from .model import IMPure
 from .purify import to_bytes, to_float
@@ -105,10 +105,8 @@ class Trial:
 
 def page(model: IMPure) -> Any:
     """The page as ``gradio.Blocks``, not yet launched.  Raises MissingExtraError without the extra ``app``."""
-    try:
+    with needs_extra("The page", "app"):
         import gradio as gr
-    except ImportError as error:
-        raise MissingExtraError('The page needs the extra "app": pip install "impure-fast[app]".') from error
 
     trial, config = Trial(model), model.config
 

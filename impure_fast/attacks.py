@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .errors import InputError, MissingExtraError
+from .errors import InputError, needs_extra
 
 
 def attack(
@@ -114,10 +114,8 @@ def pgd(
 
 
 def _library() -> Any:
-    try:
+    with needs_extra("Attacking", "attack"):
         import torchattacks
-    except ImportError as error:
-        raise MissingExtraError('Attacks need the extra "attack": pip install "impure-fast[attack]".') from error
     return torchattacks
 
 
@@ -150,10 +148,8 @@ def _autoattack(
     eot: int = 20,
 ) -> Tensor:
     """AutoAttack (pyautoattack).  The defaults are its own; fewer steps or queries are for trials."""
-    try:
+    with needs_extra("AutoAttack", "attack"):
         from pyautoattack import AutoAttack
-    except ImportError as error:
-        raise MissingExtraError('AutoAttack needs the extra "attack": pip install "impure-fast[attack]".') from error
     whole: Any = AutoAttack(model, eps=eps, version=version, device=x.device, seed=seed)
     for part in (whole.apgd, whole.apgd_targeted, whole.fab):
         part.n_iter = steps

@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .config import IMPureConfig
-from .errors import CheckpointError, ConfigError, MissingExtraError, MissingFileError
-from .images import write_atomically
+from .errors import CheckpointError, ConfigError, MissingFileError, needs_extra
+from .images import write_atomically, write_text
 
 # Computed by every model, so never stored or loaded (SPEC 2.3, 2.7).
 _TABLES = ("pos_embed", "decoder_pos_embed", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod")
@@ -200,10 +200,9 @@ def save_folder(folder: str | Path, state: dict[str, Tensor], config: IMPureConf
     """The three files of ``save_pretrained``."""
     folder = Path(folder)
     save_safetensors(folder / WEIGHTS_FILE, state, config)
-    text = json.dumps(config.to_dict(), indent=2) + "\n"
-    write_atomically(folder / CONFIG_FILE, lambda temporary: Path(temporary).write_text(text))
+    write_text(folder / CONFIG_FILE, json.dumps(config.to_dict(), indent=2) + "\n")
     if card is not None:
-        write_atomically(folder / CARD_FILE, lambda temporary: Path(temporary).write_text(card))
+        write_text(folder / CARD_FILE, card)
 
 
 def read_folder(name_or_folder: str | Path, **hub_options: Any) -> tuple[IMPureConfig, dict[str, Tensor]]:
@@ -222,10 +221,8 @@ def read_folder(name_or_folder: str | Path, **hub_options: Any) -> tuple[IMPureC
 
 
 def _hub() -> Any:
-    try:
+    with needs_extra("A hub name", "hub"):
         import huggingface_hub
-    except ImportError as error:
-        raise MissingExtraError('Hub names need the extra "hub": pip install "impure-fast[hub]".') from error
     return huggingface_hub
 
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from .errors import ConfigError
 
+T = TypeVar("T")
 NUM_STEPS = 1000  # length of the noise schedule
 MASKS = ("noise", "mask")
 FIXED_ORDER_CHUNKS = (2, 3, 4)  # chunk counts for which the authors define a fixed lattice
@@ -39,6 +40,14 @@ def check_types(config: Any) -> None:
         object.__setattr__(config, field.name, value)
         if not _fits(value, kinds[field.name]):
             raise ConfigError(f"{field.name}={value!r}: must be {field.type}.")
+
+
+def from_fields(cls: type[T], values: dict[str, Any], what: str) -> T:
+    """A dataclass of these fields; unknown ones raise ConfigError naming them.  what: what the message calls them."""
+    known = sorted(get_type_hints(cls))
+    if unknown := sorted(set(values) - set(known)):
+        raise ConfigError(f"Unknown {what} {unknown}; known are {known}.")
+    return cls(**values)
 
 
 def _as_tuple(value: Any) -> Any:
@@ -175,10 +184,7 @@ class IMPureConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> IMPureConfig:
         """Config from a dictionary; unknown fields raise ConfigError naming them."""
-        known = {field.name for field in dataclasses.fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise ConfigError(f"Unknown config fields {unknown}; known are {sorted(known)}.")
-        return cls(**values)
+        return from_fields(cls, values, "config fields")
 
     @classmethod
     def from_official(cls, options: dict[str, Any]) -> IMPureConfig:

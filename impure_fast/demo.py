@@ -27,7 +27,7 @@ from .classifiers import LITE0_MEAN, LITE0_SIZE, LITE0_STD, Normalised, efficien
 from .engine import Engine
 from .evaluation.analysis import psnr
 from .evaluation.defences import blur, jpeg
-from .images import PackedImages, random_view, write_atomically
+from .images import PackedImages, random_view, write_atomically, write_text
 from .model import IMPure
 from .ops._dispatch import last_backends
 from .purify import PurifiedClassifier, to_bytes, to_float
@@ -189,8 +189,7 @@ def run(
         },
     }
     if json_path:
-        text = json.dumps(results, indent=2) + "\n"
-        write_atomically(json_path, lambda path: Path(path).write_text(text))
+        write_text(json_path, json.dumps(results, indent=2) + "\n")
     if picture_path:
         first = [chosen.names.index(name) for name in dict.fromkeys(chosen.names)][: len(PHOTOGRAPHS)]
         draw(picture_path, classifier, chosen.take(first), attacked["8"][first], purified["8"][first])

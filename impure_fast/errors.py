@@ -3,6 +3,11 @@
 A message says what was given, what is accepted and what to do.
 """
 
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
 
 class Error(Exception):
     """Base of all errors raised by impure_fast."""
@@ -42,3 +47,12 @@ class BackendError(Error, RuntimeError):
 
 class MissingExtraError(Error, ImportError):
     """A command needs an optional dependency that is not installed."""
+
+
+@contextlib.contextmanager
+def needs_extra(what: str, extra: str) -> Iterator[None]:
+    """Around the imports of an extra: an ImportError becomes a MissingExtraError that says how to install it."""
+    try:
+        yield
+    except ImportError as error:
+        raise MissingExtraError(f'{what} needs the extra "{extra}": pip install "impure-fast[{extra}]".') from error

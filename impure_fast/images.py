@@ -215,6 +215,21 @@ def write_atomically(path: str | Path, write: Callable[[str], object]) -> None:
         raise
 
 
+def write_text(path: str | Path, text: str) -> None:
+    """A text file, whole or absent."""
+    write_atomically(path, lambda temporary: Path(temporary).write_text(text))
+
+
+def write_npz(path: str | Path, arrays: dict[str, Any], write: Callable[..., None] = np.savez) -> None:
+    """An npz, whole or absent.  write: np.savez or np.savez_compressed."""
+
+    def to_file(temporary: str) -> None:
+        with open(temporary, "wb") as file:  # given a name, numpy would append ".npz"
+            write(file, **arrays)
+
+    write_atomically(path, to_file)
+
+
 def encode_jpeg(rgb: Pixels, quality: int, max_side: int | None = None) -> bytes:
     """rgb: [H, W, 3] -> a JPEG with full-size chroma, scaled down where a side is longer than ``max_side``."""
     image = Image.fromarray(rgb)
@@ -256,13 +271,8 @@ def write_packed(path: str | Path, jpegs: Sequence[bytes], labels: Sequence[int]
         "labels": np.asarray(labels, np.int64)[order],
         "names": np.asarray(names)[order],
     }
-
-    def write(temporary: str) -> None:
-        with open(temporary, "wb") as file:  # given a name, numpy would append ".npz"
-            np.savez(file, **arrays)
-
     try:
-        write_atomically(path, write)
+        write_npz(path, arrays)
     except OSError as error:
         _cannot_write(Path(path), error)
 

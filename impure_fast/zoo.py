@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -34,10 +33,7 @@ def create_model(name: str, **overrides: Any) -> IMPure:
     """A preset with random weights, in training mode.  overrides: fields of IMPureConfig."""
     if name not in PRESETS:
         raise ConfigError(f"{name!r} is no preset; known are {sorted(PRESETS)}. load() takes weights.")
-    unknown = sorted(set(overrides) - {field.name for field in dataclasses.fields(IMPureConfig)})
-    if unknown:
-        raise ConfigError(f"Unknown config fields {unknown} for create_model({name!r}).")
-    return IMPure(dataclasses.replace(PRESETS[name], **overrides))
+    return IMPure(IMPureConfig.from_dict(PRESETS[name].to_dict() | overrides))
 
 
 def load(name_or_path: str | Path) -> IMPure:

@@ -333,16 +333,16 @@ class Replayed:
 def test_graphs_are_captured_once_and_draw_afresh(mode):
     model = small_model(**MODES[mode])
     engine = Engine(model, precision="fp32", batch_sizes=(1, 4))
-    (network,), _ = engine._ready()
+    ((network, _),) = engine._ready()
     with torch.inference_mode():
-        engine._graphs = [Graphs(network, engine.batch_sizes, Replayed())]
+        graphs = Graphs(network, engine.batch_sizes, Replayed())
+    engine._networks = [(network, graphs)]
     plain = Engine(model, precision="fp32")
     images = random_images(7, 3, 24, 24)
     for seed in (0, 2**64 - 1):  # 4 + 3 tiles: two network calls, the second padded
         want = plain.purify(images, seed=seed, streams=range(10, 17))
         assert (engine.purify(images, seed=seed, streams=range(10, 17)) - want).abs().max() <= 2e-6
     assert torch.equal(engine.purify(images[0], seed=5), engine.purify(images[:1], seed=5)[0])
-    (graphs,) = engine._graphs
     assert graphs.cuda.recorded == 2 and engine.stats()["graph_hits"] == 6
     engine.purify(images, seed=0, image_step=300)
     assert graphs.cuda.recorded == 3  # another strength, another graph
@@ -372,8 +372,8 @@ def test_what_cannot_be_captured_runs_without_a_graph_and_says_so(caplog):
             raise RuntimeError("operation not permitted when stream is capturing")
 
     engine = Engine(small_model(), precision="fp32")
-    (network,), _ = engine._ready()
-    engine._graphs = [Graphs(network, None, Refused())]
+    ((network, _),) = engine._ready()
+    engine._networks = [(network, Graphs(network, None, Refused()))]
     images = random_images(2, 3, 24, 24)
     got = [engine.purify(images, seed=0) for _ in range(2)]
     assert torch.equal(got[0], Engine(small_model(), precision="fp32").purify(images, seed=0))

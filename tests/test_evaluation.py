@@ -355,11 +355,10 @@ def test_the_defaults_are_the_full_protocol_and_rungs_cut_one_level():
 
 
 def test_a_report_names_files_without_their_folders():
-    found = suites.Settings(
-        data="/a/b.npz", classifier="net=/c/d.pth", purifiers=("impure_tiny", "/e/f.safetensors")
-    ).told()
-    assert (found["data"], found["classifier"], found["classifier_weights"]) == ("b.npz", "net=d.pth", None)
-    assert found["purifiers"] == ("impure_tiny", "f.safetensors") and found["suite"] == "ladder"
+    purifiers = ("impure_tiny", "/e/f.safetensors", "/e/run2/model.safetensors")
+    found = suites.Settings(data="/a/b.npz", classifier="net=/c/d.pth", purifiers=purifiers).told()
+    assert (found["data"], found["classifier"]) == ("b.npz", "net=d.pth")
+    assert found["purifiers"] == ("impure_tiny", "f.safetensors", "run2") and found["suite"] == "ladder"
 
 
 @pytest.mark.parametrize(
@@ -369,6 +368,8 @@ def test_a_report_names_files_without_their_folders():
         (dict(suite="all"), "suite='all'"),
         (dict(baselines=("png",)), "baselines"),
         (dict(eps=(0,)), "eps"),
+        (dict(eps=8), "eps=8: must be"),
+        (dict(steps="10"), "steps='10': must be"),
         (dict(draws=0), "draws=0"),
         (dict(rungs={"T9": {}}), "rungs"),
         (dict(purifiers=(), baselines=()), "nothing to evaluate"),
@@ -522,7 +523,7 @@ def test_classifiers_by_import_path_and_by_weights_file(tmp_path):
     found = targets.load_target(f"{__name__}:toy")
     assert found.side == SIDE and not found.model.training
     torch.save(other_toy().state_dict(), tmp_path / "other.pth")
-    other = targets.load_target(f"{__name__}:toy", tmp_path / "other.pth")
+    other = targets.load_target(f"{__name__}:toy={tmp_path / 'other.pth'}")
     assert targets.digest(other.model) == targets.digest(other_toy()) != targets.digest(found.model)
     for name, error, says in (
         (f"{__name__}:nothing", InputError, "nothing"),
@@ -533,7 +534,7 @@ def test_classifiers_by_import_path_and_by_weights_file(tmp_path):
             targets.load_target(name)
     (tmp_path / "bad.pth").write_bytes(b"nothing")
     with pytest.raises(InputError, match="does not hold weights of this classifier"):
-        targets.load_target(f"{__name__}:toy", tmp_path / "bad.pth")
+        targets.load_target(f"{__name__}:toy={tmp_path / 'bad.pth'}")
 
 
 def test_pictures_of_class_folders(tmp_path):
@@ -562,6 +563,8 @@ def test_synset_folders_have_imagenet_s_labels(tmp_path):
         "n02123045": 281,
         "n01440764": 0,
     }
+    with pytest.raises(InputError, match="ImageNet-1k has no class n00000001"):
+        targets.class_labels(["n01440764", "n00000001"])
 
 
 @pytest.fixture

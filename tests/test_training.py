@@ -288,7 +288,7 @@ def test_missing_and_foreign_data_are_named(tmp_path):
         ({"lpips_trunk": "resnet"}, "lpips_trunk='resnet': must be one of alex, squeeze, vgg"),
         ({"mix_chunks": 1}, "mix_chunks=1: must be 0 or at least 2"),
         ({"model": "nothing"}, "model='nothing': known presets"),
-        ({"network": {"width": 96}}, r"network=\{'width': 96\}: IMPureConfig has no fields \['width'\]"),
+        ({"network": {"width": 96}}, r"Unknown config fields \['width'\]"),
         ({"network": {"depth": 0}}, "depth=0: must be at least one block"),
         ({"network": [1]}, r"network=\(1,\): must be dict\[str, Any\]"),
     ],

@@ -58,7 +58,7 @@ def test_unknown_preset_is_refused_listing_the_known():
 
 
 def test_unknown_override_is_refused_by_name():
-    with pytest.raises(ConfigError, match=r"\['dpeth'\] for create_model\('impure_tiny'\)"):
+    with pytest.raises(ConfigError, match=r"Unknown config fields \['dpeth'\]"):
         create_model("impure_tiny", dpeth=3)
 
 

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 Model = Annotated[str, typer.Option(help="Shipped name, weights file or hub id.")]
+Precision = Annotated[
+    Literal["fp32", "bf16", "fp16", "int8", "fp8"], typer.Option(help="Of the engine; the faster ones round more.")
+]
 Device = Annotated[str, typer.Option(help="As torch names it.")]
 ImageStep = Annotated[int | None, typer.Option(min=0, max=NUM_STEPS - 1, help="Noise on the image; more hides more.")]
 FeatureStep = Annotated[
@@ -42,7 +45,7 @@ def plain_ending() -> Iterator[None]:
 
 def own_modules() -> None:
     """Let module:factory name a module of the current folder, as with python -m."""
-    sys.path.insert(0, os.getcwd())
+    sys.path.append(os.getcwd())  # last, so that a file here shadows no library
 
 
 def check_device(device: str) -> None:

@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
 from .common import check_device, own_modules, progress_bar
-
-
-class Suite(str, Enum):
-    """Suites of evaluation."""
-
-    ladder = "ladder"
-    paper = "paper"
-    standard = "standard"
 
 
 def evaluate(
@@ -29,12 +20,11 @@ def evaluate(
     config: Annotated[
         Path | None, typer.Option(metavar="JSON", help="Fields of Settings; the options below go before them.")
     ] = None,
-    suite: Annotated[Suite | None, typer.Option(help="Unset: ladder.")] = None,
+    suite: Annotated[Literal["ladder", "paper", "standard"] | None, typer.Option(help="Unset: ladder.")] = None,
     classifier: Annotated[
         str | None,
         typer.Option(help="lite0, the authors' three, timm, torchvision, module:factory; NAME=FILE."),
     ] = None,
-    classifier_weights: Annotated[str | None, typer.Option(metavar="FILE", help="In place of a download.")] = None,
     purifier: Annotated[list[str] | None, typer.Option(help="Name or file; repeat to compare.")] = None,
     surrogate: Annotated[list[str] | None, typer.Option(help="Classifier whose attacks transfer; may repeat.")] = None,
     eps: Annotated[list[float] | None, typer.Option(help="In 1/255; may repeat. Unset: the suite's own.")] = None,
@@ -55,9 +45,7 @@ def evaluate(
     from ..evaluation import report, run, suites
 
     own_modules()
-    given: dict[str, Any] = dict(
-        data=data, suite=suite and suite.value, classifier=classifier, classifier_weights=classifier_weights
-    )
+    given: dict[str, Any] = dict(data=data, suite=suite, classifier=classifier)
     given |= dict(purifiers=purifier, surrogates=surrogate, eps=eps, images=images, steps=steps, eot=eot)
     given |= dict(batch=batch, seed=seed, device=device)
     settings = suites.Settings.from_file(config, quick, **{k: v for k, v in given.items() if v not in (None, [])})

@@ -4,35 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from enum import Enum
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from ..errors import Error, InputError
-from .common import Device, FeatureStep, ImageStep, Model, check_device, end, progress_bar, say
+from .common import Device, FeatureStep, ImageStep, Model, Precision, check_device, end, progress_bar, say
 
 if TYPE_CHECKING:
     from ..serving.bulk import Result
     from ..serving.stores import Place
-
-
-class Format(str, Enum):
-    """Formats of purified images."""
-
-    png = "png"
-    jpg = "jpg"
-    webp = "webp"
-
-
-class Arithmetic(str, Enum):
-    """Precisions of the engine."""
-
-    fp32 = "fp32"
-    bf16 = "bf16"
-    fp16 = "fp16"
-    int8 = "int8"
 
 
 def purify(
@@ -46,12 +28,12 @@ def purify(
     ] = None,
     image_step: ImageStep = None,
     feature_step: FeatureStep = None,
-    format: Annotated[Format | None, typer.Option(help="Of the results; unset: by OUT's suffix, else png.")] = None,
+    format: Annotated[
+        Literal["png", "jpg", "webp"] | None, typer.Option(help="Of the results; unset: by OUT's suffix, else png.")
+    ] = None,
     recursive: Annotated[bool, typer.Option("--recursive", help="Look into sub-folders.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace results that exist.")] = False,
-    precision: Annotated[
-        Arithmetic, typer.Option(help="Of the arithmetic; the faster ones round more.")
-    ] = Arithmetic.fp32,
+    precision: Precision = "fp32",
     max_batch: Annotated[int | None, typer.Option(min=1, help="Tiles a network call; bounds memory.")] = None,
     device: Device = "cpu",
     ray: Annotated[
@@ -84,7 +66,7 @@ def purify(
         options = dict(seed=seed, image_step=image_step, feature_step=feature_step)
         if ray is None:
             check_device(device)
-        network = Engine(zoo.load(model), precision=precision.value, batch_sizes=sizes, device=device)
+        network = Engine(zoo.load(model), precision=precision, batch_sizes=sizes, device=device)
         if ray is not None:
             from ..serving.cluster import connect
 
@@ -117,11 +99,11 @@ def _here(network: Any, jobs: Mapping[Place, Place], options: dict[str, Any]) ->
             yield target, [], str(error)
 
 
-def _placing(inputs: list[Place], output: Place, format: Format | None) -> Callable[[Path], Place]:
+def _placing(inputs: list[Place], output: Place, format: str | None) -> Callable[[Path], Place]:
     """relative path of an image -> place of its result.  Raises InputError where OUT does not fit the rest."""
     from ..images import SUFFIXES
 
-    ending = f".{format.value if format else 'png'}"
+    ending = f".{format or 'png'}"
     if isinstance(output, str):
         if PurePath(output).suffix.lower() in SUFFIXES:
             raise InputError(f"{output} is one image; in an object store, name a folder.")
@@ -133,8 +115,8 @@ def _placing(inputs: list[Place], output: Place, format: Format | None) -> Calla
         return lambda relative: output / relative.with_suffix(ending)
     if len(inputs) != 1 or (isinstance(inputs[0], Path) and inputs[0].is_dir()):
         raise InputError(f"{output} is one image, but INPUT is a folder or more than one; name a folder instead.")
-    if format and suffix.replace("jpeg", "jpg") != f".{format.value}":
-        raise InputError(f"--format {format.value} contradicts {output}; leave one of them out.")
+    if format and suffix.replace("jpeg", "jpg") != f".{format}":
+        raise InputError(f"--format {format} contradicts {output}; leave one of them out.")
     return lambda relative: output
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import sys
 import threading
 from typing import Annotated, Any
 
@@ -13,8 +12,7 @@ import typer
 
 from ..errors import InputError
 from ..serving.settings import Settings
-from .common import Device, FeatureStep, ImageStep, Model, check_device, say
-from .purify import Arithmetic
+from .common import Device, FeatureStep, ImageStep, Model, Precision, check_device, own_modules, say
 
 DEFAULTS = Settings()
 
@@ -26,16 +24,11 @@ def serve(
     replicas: Annotated[int, typer.Option(min=1, help="Processes, each with the model; with cuda, a GPU each.")] = 1,
     threads: Annotated[int | None, typer.Option(min=1, help="A replica; unset: the CPUs shared out.")] = None,
     model: Model = DEFAULTS.model,
-    precision: Annotated[
-        Arithmetic, typer.Option(help="Of the arithmetic; the faster ones round more.")
-    ] = Arithmetic.fp32,
+    precision: Precision = "fp32",
     device: Device = DEFAULTS.device,
     image_step: ImageStep = None,
     feature_step: FeatureStep = None,
-    classifier: Annotated[
-        str | None, typer.Option(help="For /classify; a name as `impure-fast evaluate` takes, or module:factory.")
-    ] = None,
-    classifier_weights: Annotated[str | None, typer.Option(metavar="FILE", help="In place of a download.")] = None,
+    classifier: Annotated[str | None, typer.Option(help="For /classify; a name of evaluate's, or NAME=FILE.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Pictures of one size that go through together.")] = DEFAULTS.batch,
     batch_wait: Annotated[
         float, typer.Option(min=0, help="Seconds that a picture waits for others.")
@@ -50,9 +43,8 @@ def serve(
 
     docs/serving.md tells of the routes, the limits and of many machines.
     """
-    given: dict[str, Any] = dict(model=model, precision=precision.value, device=device)
-    given |= dict(image_step=image_step, feature_step=feature_step)
-    given |= dict(classifier=classifier, classifier_weights=classifier_weights)
+    given: dict[str, Any] = dict(model=model, precision=precision, device=device)
+    given |= dict(image_step=image_step, feature_step=feature_step, classifier=classifier)
     given |= dict(batch=batch, batch_wait=batch_wait, queue=queue, max_bytes=max_bytes, max_pixels=max_pixels)
     settings = Settings(**given, upload_timeout=upload_timeout, timeout=timeout)
     _check(settings, host, port)
@@ -83,8 +75,8 @@ def _check(settings: Settings, host: str, port: int) -> None:
     if settings.classifier is not None:
         from ..evaluation.targets import load_target
 
-        sys.path.insert(0, os.getcwd())  # an own classifier may lie here, as with python -m
-        load_target(settings.classifier, settings.classifier_weights)
+        own_modules()
+        load_target(settings.classifier)
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

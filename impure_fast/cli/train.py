@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .common import Device, check_device, check_free, progress_bar
+from .common import Device, check_device, check_free, own_modules, progress_bar
 
 
 def train(
@@ -47,6 +47,7 @@ def train(
     given |= dict(classifier=classifier, guide=guide, tensorboard=tensorboard or None)
     settings = TrainConfig.from_file(config, **{k: v for k, v in given.items() if v is not None})
     check_device(device)
+    own_modules()
     networks: dict[str, Any] = {"classifier": load_target(settings.classifier).model, "device": device}
     if settings.guide:
         networks["guide"] = load_target(settings.guide).model
@@ -90,6 +91,7 @@ def finetune(
     """
     check_free(output, ".safetensors", overwrite)
     check_device(device)
+    own_modules()
     from safetensors.torch import save_file
 
     from ..evaluation.targets import load_pictures, load_target

@@ -83,9 +83,11 @@ class Engine:
 
     def _reset(self) -> None:
         self._lock = threading.Lock()
-        self._folded: list[Folded] = []
-        self._graphs: list[Graphs | None] = []
+        self._networks: list[tuple[Folded, Graphs | None]] = []
         self._state: list[tuple[int, int]] = []
+        self._forget()
+
+    def _forget(self) -> None:
         self._times: deque[float] = deque(maxlen=KEPT)
         self._images, self._calls, self._busy = 0, 0, 0.0
 
@@ -128,34 +130,37 @@ class Engine:
         return result
 
     def _on_devices(self, config: Any, images: Tensor, options: dict[str, Any]) -> Tensor:
-        networks, graphs = self._ready()
+        networks = self._ready()
         options["max_batch"] = None if self.batch_sizes is None else self.batch_sizes[-1]
 
-        def run(network: Folded, drawing: Graphs | None, part: Tensor, own: dict[str, Any]) -> Tensor:
+        def run(chosen: tuple[Folded, Graphs | None], part: Tensor, own: dict[str, Any]) -> Tensor:
+            network, drawing = chosen
             with torch.inference_mode():  # a thread starts without it
                 moved = part.to(network.device, non_blocking=True)
                 return purify_images(network, config, torch.float32, moved, drawing=drawing, **own).to(part.device)
 
         if len(networks) == 1 or images.ndim != 4 or len(images) < 2 or options["draws"] is not None:
-            return run(networks[0], graphs[0], images, options)
+            return run(networks[0], images, options)
         ids = stream_ids(options["streams"], len(images), "cpu")
         parts, own = images.tensor_split(len(networks)), ids.tensor_split(len(networks))
         with ThreadPoolExecutor(len(networks)) as pool:
             given = [{**options, "streams": part} for part in own]
-            return torch.cat(list(pool.map(run, networks, graphs, parts, given)))
+            return torch.cat(list(pool.map(run, networks, parts, given)))
 
-    def _ready(self) -> tuple[list[Folded], list[Graphs | None]]:
-        """The folded networks and their graphs, made anew if the model's weights have changed."""
+    def _ready(self) -> list[tuple[Folded, Graphs | None]]:
+        """The folded network of each device, a GPU's with graphs, made anew if the model's weights have changed."""
         state = [(p.data_ptr(), -1 if p.is_inference() else p._version) for p in self.model.parameters()]
         with self._lock:
             if state != self._state:
-                options = (self.precision, self.calibration, self.compile)
-                self._folded = [_fold(self.model, device, *options) for device in self.devices]
-                for network in self._folded if self.compile else ():
-                    network.compile()
-                self._graphs = [Graphs(f, self.batch_sizes) if f.device.type == "cuda" else None for f in self._folded]
+                self._networks = list(map(self._network, self.devices))
                 self._state = state
-            return self._folded, self._graphs
+            return self._networks
+
+    def _network(self, device: torch.device) -> tuple[Folded, Graphs | None]:
+        network = _fold(self.model, device, self.precision, self.calibration, self.compile)
+        if self.compile:
+            network.compile()
+        return network, Graphs(network, self.batch_sizes) if device.type == "cuda" else None
 
     def refresh(self) -> None:
         """Fold the model's weights anew at the next call."""
@@ -171,8 +176,7 @@ class Engine:
         for count in (self.batch_sizes if ahead else None) or (1,):
             self.purify(torch.zeros(count, 3, height or side, width or side), seed=0)
         with self._lock:
-            self._times.clear()
-            self._images, self._calls, self._busy = 0, 0, 0.0
+            self._forget()
 
     def stream(
         self, images: Iterable[Tensor], *, seed: Seed | None = None, batch: int = 1, **options: Any
@@ -215,7 +219,7 @@ class Engine:
             "p90_ms": cuts[89],
             "p99_ms": cuts[98],
             "images_per_second": images / busy if busy else 0.0,
-            "graph_hits": sum(graphs.hits for graphs in self._graphs if graphs is not None),
+            "graph_hits": sum(graphs.hits for _, graphs in self._networks if graphs is not None),
         }
 
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ..draws import Draws
-from ..errors import InputError, MissingExtraError
-from ..images import write_atomically
+from ..errors import InputError, needs_extra
+from ..images import write_atomically, write_text
 from ..model import IMPure
 from ..ops._dispatch import backend
 from ..purify import Tiling, over_tiles
@@ -105,15 +105,13 @@ def export_triton(model: IMPure, folder: str | Path, height: int, width: int) ->
     """
     export(model, Path(folder, "1", "model.onnx"), height, width, format="onnx")
     config = TRITON_CONFIG.format(height=height, width=width)
-    write_atomically(Path(folder, "config.pbtxt"), lambda name: Path(name).write_text(config))
+    write_text(Path(folder, "config.pbtxt"), config)
 
 
 def _to_onnx(program: torch.export.ExportedProgram) -> Any:
-    try:
+    with needs_extra('The format "onnx"', "onnx"):
         import onnx  # noqa: F401 (torch's exporter needs both)
         from onnxscript import opset18 as op
-    except ImportError as error:
-        raise MissingExtraError('The format "onnx" needs the extra "onnx": pip install "impure-fast[onnx]".') from error
 
     def stable_sort(x: Any, stable: bool = True, dim: int = -1, descending: bool = False) -> Any:
         # TopK breaks ties by the lower index, which is what stable means.

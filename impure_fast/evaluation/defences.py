@@ -18,7 +18,7 @@ from PIL import Image, ImageFilter
 from torch import Tensor, nn
 
 from ..draws import stream_ids
-from ..errors import InputError, MissingExtraError
+from ..errors import InputError, needs_extra
 from ..model import IMPure
 from ..philox import seed_or_fresh, uniform
 from ..purify import PurifiedClassifier, to_bytes, to_float
@@ -53,10 +53,8 @@ def blur(images: Tensor, sigma: float = 1.0) -> Tensor:
 
 def total_variation(images: Tensor, weight: float = 0.1) -> Tensor:
     """Chambolle's total variation denoising (scikit-image); no gradient passes."""
-    try:
+    with needs_extra('The baseline "tv"', "evaluate"):
         from skimage.restoration import denoise_tv_chambolle
-    except ImportError as error:
-        raise MissingExtraError('The baseline "tv" needs scikit-image: pip install "impure-fast[evaluate]".') from error
     arrays = images.detach().cpu().numpy()
     done = [denoise_tv_chambolle(array, weight=weight, channel_axis=0) for array in arrays]
     return torch.from_numpy(np.stack(done)).to(images)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ..images import write_atomically
+from ..images import write_text
 from .scoring import RULES
 
 READS = {
@@ -36,7 +36,7 @@ def write(folder: Path, results: dict[str, Any], pictures: dict[str, Any]) -> No
         "report.html": html(results, pictures),
     }
     for name, text in texts.items():
-        write_atomically(folder / name, lambda path, text=text: Path(path).write_text(text))  # type: ignore[misc]
+        write_text(folder / name, text)
 
 
 def cell(figure: dict[str, float] | None) -> str:

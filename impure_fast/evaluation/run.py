@@ -30,13 +30,13 @@ from torch import Tensor, nn
 from .. import zoo
 from ..attacks import attack
 from ..errors import InputError
-from ..images import write_atomically
+from ..images import write_npz
 from ..integrations.torchattacks import Attackable
 from ..purify import to_bytes, to_float
 from . import checks, report, scoring
 from .analysis import Analysis
 from .defences import Defence, baseline
-from .suites import Job, Profile, Settings, jobs
+from .suites import Job, Profile, Settings, jobs, purifier_name
 from .targets import Target, digest, load_pictures, load_target
 
 Progress = Callable[[str, int, int], None]
@@ -59,7 +59,7 @@ class Evaluation:
         self.progress: Progress = progress if self.rank == 0 else lambda what, done, total: None
         own = s.device == "cuda" and self.world > 1
         self.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if own else s.device
-        self.target = load_target(s.classifier, s.classifier_weights).to(self.device)
+        self.target = load_target(s.classifier).to(self.device)
         self.surrogates = {target.name: target.to(self.device) for target in map(load_target, s.surrogates)}
         self.pictures = load_pictures(s.data, self.target.prepare, s.images)
         self.images = self.pictures.images.to(self.device)
@@ -81,7 +81,7 @@ class Evaluation:
         s = self.settings
         options = {"image_step": s.image_step, "feature_step": s.feature_step}
         found = [baseline(name) for name in s.baselines]
-        found += [Defence(Path(name).name, zoo.load(name).to(self.device), options) for name in s.purifiers]
+        found += [Defence(purifier_name(name), zoo.load(name).to(self.device), options) for name in s.purifiers]
         if len({d.name for d in found}) < len(found):
             raise InputError(f"Two purifiers have one name: {', '.join(d.name for d in found)}.")
         if s.suite == "paper":
@@ -107,12 +107,7 @@ class Evaluation:
         if not path.exists():
             arrays = make()
             arrays["meta"] = np.array(json.dumps(arrays.get("meta", {})))
-
-            def write(temporary: str) -> None:
-                with open(temporary, "wb") as file:
-                    np.savez_compressed(file, **arrays)
-
-            write_atomically(path, write)
+            write_npz(path, arrays, np.savez_compressed)
         with np.load(path, allow_pickle=False) as file:
             found = {name: file[name] for name in file.files}
         return found | {"meta": json.loads(str(found["meta"]))}
@@ -343,7 +338,7 @@ class Evaluation:
 
         Levels and attacks that only one of the two can be asked are left out.
         """
-        known = {Path(name).name for name in self.settings.purifiers}
+        known = set(map(purifier_name, self.settings.purifiers))
         found = []
         for (a, pa, jobs_a, _), (b, pb, jobs_b, _) in combinations([p for p in plan if p[0].name in known], 2):
             groups: dict[tuple[str, float], list[Job]] = {}

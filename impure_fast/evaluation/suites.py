@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..attacks import AUTHORS, parse
+from ..config import check_types, from_fields
 from ..errors import ConfigError
 from .defences import BASELINES
 
@@ -19,11 +20,17 @@ UNBOUNDED = 255.0
 STEP = 0.007 / 8
 
 
+def purifier_name(text: str) -> str:
+    """A purifier in tables.  Training calls every file model.safetensors, so there the folder tells."""
+    path = Path(text)
+    return path.parent.name if path.name == "model.safetensors" and path.parent.name else path.name
+
+
 @dataclass(frozen=True)
 class Settings:
     """One evaluation; the defaults are the full protocol.
 
-    classifier, classifier_weights: as ``targets.load_target`` has them.  data: as ``targets.load_pictures``.
+    classifier: a name of ``targets.load_target``.  data: as ``targets.load_pictures``.
     purifiers: names or files for ``zoo.load``; baselines: names of ``defences.BASELINES``.
     surrogates: classifiers whose attacks are transferred (T1); none leaves the level out.
     eps: in 1/255; () takes the suite's own.  images: the first so many pictures.
@@ -37,7 +44,6 @@ class Settings:
     data: str = ""
     suite: str = "ladder"
     classifier: str = "lite0"
-    classifier_weights: str | None = None
     purifiers: tuple[str, ...] = ("impure_tiny",)
     baselines: tuple[str, ...] = tuple(BASELINES)
     surrogates: tuple[str, ...] = ()
@@ -58,6 +64,8 @@ class Settings:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
+        check_types(self)
+
         def need(ok: bool, name: str, wanted: str) -> None:
             if not ok:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: {wanted}.")
@@ -84,10 +92,7 @@ class Settings:
             except (OSError, ValueError) as error:
                 raise ConfigError(f"{path} holds no settings of an evaluation: {error}.") from error
         values = (QUICK if quick else {}) | values | changes
-        if unknown := sorted(set(values) - {f.name for f in fields(cls)}):
-            raise ConfigError(f"Unknown settings {unknown}; known are {sorted(f.name for f in fields(cls))}.")
-        tuples: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
-        return cls(**tuples)
+        return from_fields(cls, values, "settings")
 
     def told(self) -> dict[str, Any]:
         """For a report: every field, files by their names, so that it says nothing of the machine."""
@@ -95,11 +100,8 @@ class Settings:
         def short(text: str) -> str:
             return "=".join(Path(part).name for part in text.split("="))
 
-        files = {
-            name: short(getattr(self, name) or "") or None for name in ("data", "classifier", "classifier_weights")
-        }
-        lists = {name: tuple(map(short, getattr(self, name))) for name in ("purifiers", "surrogates")}
-        return asdict(self) | files | lists
+        lists = dict(purifiers=tuple(map(purifier_name, self.purifiers)), surrogates=tuple(map(short, self.surrogates)))
+        return asdict(self) | dict(data=short(self.data), classifier=short(self.classifier)) | lists
 
     def rung(self, level: str) -> dict[str, int]:
         """images, steps, eot, queries and number of attacks of one level."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
@@ -28,7 +28,7 @@ from ..classifiers import (
     Normalised,
     efficientnet_lite,
 )
-from ..errors import InputError, MissingExtraError, MissingFileError
+from ..errors import InputError, MissingExtraError, MissingFileError, needs_extra
 from ..images import Labelled, PackedImages, Pixels, decode, find_images, read_image, read_shard, shards_of
 from ..purify import to_float
 
@@ -100,30 +100,29 @@ AUTHORS: dict[str, tuple[Any, ...]] = {
 }
 
 
-def load_target(name: str, weights: str | Path | None = None, pretrained: bool = True) -> Target:
-    """A classifier by name: "lite0" to "lite2" (packaged weights), "cifar_resnet20" and other depths (``weights``
+def load_target(name: str, pretrained: bool = True) -> Target:
+    """A classifier by name: "lite0" to "lite2" (packaged weights), "cifar_resnet20" and other depths (a file
     needed), one of AUTHORS, a timm or torchvision name ("timm:NAME" and "torchvision:NAME" where both have it), or an
     own module "package.module:factory", whose factory returns a module from images in [0, 1] to logits and may give
-    it an attribute ``side``.  "NAME=FILE" names the weights too.
+    it an attribute ``side``.  "NAME=FILE" loads a state dict (safetensors, or .pth read as data only) in place of a
+    download.
 
-    weights: a state dict to load (safetensors, or .pth read as data only) in place of a download.
     pretrained: False leaves random weights.  Raises InputError, MissingFileError or MissingExtraError.
     """
     name, _, file = name.partition("=")
-    weights = file or weights
     library, _, inner = name.rpartition(":")
     if lite := re.fullmatch("lite([012])", name):
         network = efficientnet_lite(int(lite[1]))
         target = Target(name, Normalised(network, LITE0_MEAN, LITE0_STD), LITE_SIZES[int(lite[1])])
     elif depth := re.fullmatch(r"cifar_resnet(\d+)", name):
-        if weights is None and pretrained:
+        if pretrained and not file:
             raise MissingFileError(f"{name} comes without weights: name a file of them ({name}=FILE).")
         network = CifarResNet(int(depth[1]))
         target = Target(name, Normalised(network, IMAGENET_MEAN, IMAGENET_STD), 32)
     elif library not in ("", "timm", "torchvision"):
         target = _own(name)
     else:
-        pretrained = pretrained and weights is None
+        pretrained = pretrained and not file
         preset = AUTHORS.get(name)
         library, inner = preset[:2] if preset else (library, inner)
         build = _timm if library == "timm" or (not library and _knows_timm(inner)) else _torchvision
@@ -132,12 +131,12 @@ def load_target(name: str, weights: str | Path | None = None, pretrained: bool =
         except (OSError, RuntimeError) as error:  # a download that fails
             raise MissingFileError(
                 f"The weights of {name} cannot be fetched ({type(error).__name__}: {str(error).splitlines()[0]}); "
-                "give a file of them by --classifier-weights."
+                f"give a file of them: {name}=FILE."
             ) from error
         if preset:
             target.resize, target.side, target.filter, target.pad, target.enlarge = preset[3:]
-    if weights is not None:
-        _load_weights(target.model, Path(weights))
+    if file:
+        _load_weights(target.model, Path(file))
     target.model.eval().requires_grad_(False)
     return target
 
@@ -163,11 +162,9 @@ def _knows_timm(name: str) -> bool:
 
 
 def _timm(name: str, inner: str, tag: str | None, pretrained: bool) -> Target:
-    try:
+    with needs_extra(name, "timm"):
         import timm
         from timm.data import resolve_model_data_config
-    except ImportError as error:
-        raise MissingExtraError(f'{name} needs the extra "timm": pip install "impure-fast[timm]".') from error
     if not timm.is_model(inner):
         raise InputError(f"timm knows no model {inner!r}; timm.list_models() names them.")
     model = timm.create_model(inner, pretrained=pretrained)
@@ -201,7 +198,7 @@ def _torchvision(name: str, inner: str, tag: str | None, pretrained: bool) -> Ta
 
 def _load_weights(model: nn.Module, path: Path) -> None:
     if not path.is_file():
-        raise MissingFileError(f"{path} does not exist; --classifier-weights wants a state dict.")
+        raise MissingFileError(f"{path} does not exist; NAME=FILE wants a state dict.")
     network = model.network if isinstance(model, Normalised) else model
     try:
         if path.suffix == ".safetensors":
@@ -249,8 +246,8 @@ def labelled(path: str | Path, count: int) -> list[Labelled]:
     """The first ``count`` labelled pictures of a packed npz, of a tar shard or a folder of them (KEY.adv.png,
     KEY.clean.jpg, KEY.cls), or of a folder with a sub-folder for each class, in an order that is always the same.
 
-    A class folder named by a number or an ImageNet synset (n01440764) has that class; others count in sorted order.
-    A folder's pictures are shuffled with a fixed seed, so that a prefix is no single class.
+    Class folders have the labels of ``class_labels``.  A folder's pictures are shuffled with a fixed seed, so that a
+    prefix is no single class.
     Raises MissingFileError or InputError.
     """
     path = Path(path)
@@ -279,6 +276,24 @@ def _from_shards(shards: Sequence[Path]) -> Iterator[Labelled]:
             yield Labelled(key, int(parts["cls"]), partial(decode, clean), partial(bytes, clean), adversarial)
 
 
+def class_labels(folders: Iterable[str]) -> dict[str, int]:
+    """{class folder: label}.  All numbers, or all ImageNet synsets (n01440764), name their class; else sorted order.
+
+    Raises InputError for a synset that ImageNet-1k does not have.
+    """
+    names = sorted(folders)
+    if all(name.isdecimal() for name in names):
+        return {name: int(name) for name in names}
+    if not all(re.fullmatch(r"n\d{8}", name) for name in names):
+        return {name: place for place, name in enumerate(names)}
+    with needs_extra("A folder named by a synset", "timm"):
+        from timm.data import ImageNetInfo
+    synsets = ImageNetInfo().label_names()
+    if unknown := sorted(set(names) - set(synsets)):
+        raise InputError(f"ImageNet-1k has no class {', '.join(unknown)}: name all folders by its synsets, or none.")
+    return {name: synsets.index(name) for name in names}
+
+
 def _rgb(path: Path) -> Pixels:
     return read_image(path).rgb
 
@@ -287,17 +302,6 @@ def _from_folder(path: Path, count: int) -> list[Labelled]:
     if not path.is_dir():
         raise MissingFileError(f"{path} is no packed npz, no shard and no folder.")
     files = [(file, rel) for file, rel in find_images([path], recursive=True) if len(rel.parts) > 1]
-    classes = sorted({relative.parts[0] for _, relative in files})
-    if all(name.isdigit() for name in classes):
-        label = {name: int(name) for name in classes}
-    elif all(re.fullmatch(r"n\d{8}", name) for name in classes):
-        try:
-            from timm.data import ImageNetInfo
-        except ImportError as error:
-            raise MissingExtraError('Synset folders need the extra "timm": pip install "impure-fast[timm]".') from error
-        info = ImageNetInfo()
-        label = {synset: index for index in range(1000) if (synset := info.index_to_label_name(index)) in classes}
-    else:
-        label = {name: place for place, name in enumerate(classes)}
+    label = class_labels({relative.parts[0] for _, relative in files})
     chosen = [files[i] for i in np.random.default_rng(0).permutation(len(files))[:count]]
     return [Labelled(rel.as_posix(), label[rel.parts[0]], partial(_rgb, file), file.read_bytes) for file, rel in chosen]

@@ -14,13 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import InputTypeError, MissingExtraError
+from ..errors import InputTypeError, needs_extra
 from ..purify import PurifiedClassifier
 
-try:
+with needs_extra("The ART adapter", "art"):
     from art.defences.preprocessor.preprocessor import PreprocessorPyTorch
-except ImportError as error:
-    raise MissingExtraError('The ART adapter needs the extra "art": pip install "impure-fast[art]".') from error
 
 
 class ARTPurifier(PreprocessorPyTorch):

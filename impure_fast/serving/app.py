@@ -66,7 +66,7 @@ class Service:
         self.engine = Engine(zoo.load(settings.model), precision=settings.precision, device=settings.device)
         self.target: Target | None = None
         if settings.classifier is not None:
-            self.target = load_target(settings.classifier, settings.classifier_weights)
+            self.target = load_target(settings.classifier)
             self.target.model.to(settings.device)
         self.engine.warmup()
         self.batcher = Batcher(self._run, settings.batch_wait)

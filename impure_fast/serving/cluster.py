@@ -6,7 +6,7 @@ import logging
 import os
 from typing import Any
 
-from ..errors import BackendError, MissingExtraError
+from ..errors import BackendError, needs_extra
 
 OBJECT_STORE = 256 * 2**20  # bytes; pictures never lie in it
 
@@ -24,10 +24,8 @@ def connect(address: str | None, cpus: int | None = None, metrics_port: int | No
     Raises MissingExtraError or BackendError.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anybody
-    try:
+    with needs_extra("Ray", "serve"):
         import ray
-    except ImportError as error:
-        raise MissingExtraError('Ray needs the extra "serve": pip install "impure-fast[serve]".') from error
     own: dict[str, Any] = dict(num_cpus=cpus, object_store_memory=OBJECT_STORE, include_dashboard=False)
     own["_metrics_export_port"] = metrics_port
     attempts: list[dict[str, Any]] = [dict(address=address)]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
-from ..config import NUM_STEPS
+from ..config import NUM_STEPS, check_types, from_fields
 from ..errors import ConfigError
 
 
@@ -15,7 +15,7 @@ class Settings:
 
     model, precision, device: as in ``Engine`` (model: a shipped name, a weights file or a hub id).
     image_step, feature_step: masking strength; None keeps the model's.  No request can change it.
-    classifier: a name as in ``impure-fast evaluate``, for /classify; classifier_weights: a state dict for it.
+    classifier: a name as in ``impure-fast evaluate``, for /classify.
     batch: pictures of one size that may go through together; batch_wait: seconds that one waits for the others.
     queue: requests held at once, being uploaded, waiting or in work; the next is answered 503.
     max_bytes: of an upload; max_pixels: of a picture.  Both bound the memory of a request.
@@ -28,7 +28,6 @@ class Settings:
     image_step: int | None = None
     feature_step: int | None = None
     classifier: str | None = None
-    classifier_weights: str | None = None
     batch: int = 8
     batch_wait: float = 0.01
     queue: int = 32
@@ -38,13 +37,14 @@ class Settings:
     timeout: float = 60.0
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("batch", "queue", "max_bytes", "max_pixels"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if value < 1:
                 raise ConfigError(f"{name}={value!r}: wanted an integer of at least 1.")
         for name in ("batch_wait", "upload_timeout", "timeout"):
             value = getattr(self, name)
-            if not isinstance(value, int | float) or not value >= 0 or (value == 0 and name != "batch_wait"):
+            if not value >= 0 or (value == 0 and name != "batch_wait"):
                 raise ConfigError(f"{name}={value!r}: wanted seconds.")
         for name in ("image_step", "feature_step"):
             value = getattr(self, name)
@@ -54,7 +54,4 @@ class Settings:
     @classmethod
     def of(cls, given: dict[str, Any]) -> Settings:
         """From a mapping, such as ``args`` of a Ray Serve config file."""
-        known = [field.name for field in fields(cls)]
-        if unknown := sorted(set(given) - set(known)):
-            raise ConfigError(f"Unknown settings {unknown}; known are {known}.")
-        return cls(**given)
+        return from_fields(cls, given, "settings")

@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
-from ..errors import ImageFileError, MissingExtraError, MissingFileError
+from ..errors import ImageFileError, MissingFileError, needs_extra
 from ..images import SUFFIXES
 
 Place = Path | str  # of a file: a path, or the address of an object in a store
@@ -83,10 +83,8 @@ def _store(address: str) -> tuple[Any, str]:
 
 @functools.lru_cache
 def _root(address: str) -> tuple[Any, str]:
-    try:
+    with needs_extra("An object store", "serve"):
         from pyarrow import fs
-    except ImportError as error:
-        raise MissingExtraError('Object stores need the extra "serve": pip install "impure-fast[serve]".') from error
     try:
         return fs.FileSystem.from_uri(address)
     except (OSError, ValueError) as error:

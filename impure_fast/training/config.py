@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..config import PRESETS, IMPureConfig, check_types
+from ..config import PRESETS, IMPureConfig, check_types, from_fields
 from ..errors import ConfigError
 from ..memory import kept_by
 from .losses import TRUNKS
@@ -168,16 +168,10 @@ class TrainConfig:
                 ) from error
             except ValueError as error:
                 raise ConfigError(f"{path} holds no training config: {error}.") from error
-        values |= changes
-        known = {field.name for field in fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise ConfigError(f"Unknown training fields {unknown}; known are {sorted(known)}.")
-        return cls(**values)
+        return from_fields(cls, values | changes, "training fields")
 
     @property
     def model_config(self) -> IMPureConfig:
         if self.model not in PRESETS:
             raise ConfigError(f"model={self.model!r}: known presets are {sorted(PRESETS)}.")
-        if unknown := sorted(set(self.network) - {f.name for f in fields(IMPureConfig)}):
-            raise ConfigError(f"network={self.network}: IMPureConfig has no fields {unknown}.")
-        return replace(PRESETS[self.model], **self.network)
+        return IMPureConfig.from_dict(PRESETS[self.model].to_dict() | self.network)

@@ -11,7 +11,7 @@ import json
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -29,8 +29,8 @@ from ..checkpoints import load_state, read_safetensors, save_safetensors
 from ..classifiers import Normalised
 from ..config import IMPureConfig
 from ..draws import Draws, MixDraws
-from ..errors import CheckpointError, ConfigError, Error, MissingExtraError
-from ..images import write_atomically
+from ..errors import CheckpointError, ConfigError, Error, needs_extra
+from ..images import write_atomically, write_text
 from ..memory import kept_by
 from ..model import IMPure
 from ..philox import ATTACK, uniform
@@ -45,14 +45,6 @@ if TYPE_CHECKING:
 MAY_CHANGE = ("memory", "tensorboard", "workers")  # in a run that goes on: they change no result
 
 Progress = Callable[[str, int, int, dict[str, float]], None]
-
-
-@contextlib.contextmanager
-def _extra(what: str) -> Iterator[None]:
-    try:
-        yield
-    except ImportError as error:
-        raise MissingExtraError(f'{what} needs the extra "train": pip install "impure-fast[train]".') from error
 
 
 @dataclass
@@ -135,11 +127,11 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     """AdamW with decay on tensors of more than one axis and none on the others (SPEC section 6)."""
-    with _extra("Training"):
+    with needs_extra("Training", "train"):
         from timm.optim import param_groups_weight_decay
     kind: Any = torch.optim.AdamW
     if config.optimizer == "adamw8bit":
-        with _extra("optimizer='adamw8bit'"):
+        with needs_extra("optimizer='adamw8bit'", "train"):
             from torchao.optim import AdamW8bit
         kind = AdamW8bit
     return kind(param_groups_weight_decay(model, config.weight_decay)[::-1], lr=config.lr, betas=(0.9, 0.95))
@@ -340,7 +332,7 @@ def train(
 
 def _accelerator(device: str) -> Accelerator:
     """This process among those that torchrun or ``accelerate launch`` started, if they did."""
-    with _extra("Training"):
+    with needs_extra("Training", "train"):
         from accelerate import Accelerator
         from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
     handlers = [
@@ -379,7 +371,7 @@ def _prepare(
     options["progress"] = lambda done, total: progress("pairs", done, total, {})
     with accelerator.main_process_first():
         if accelerator.is_main_process:
-            write_atomically(stored, lambda path: Path(path).write_text(json.dumps(asdict(config), indent=2) + "\n"))
+            write_text(stored, json.dumps(asdict(config), indent=2) + "\n")
         if Path(data).is_dir():
             return stored_pairs(output / "pairs", data, **options)
         images = PackedImages(data)
@@ -451,12 +443,12 @@ class _Log:
     def __init__(self, output: Path, start: int, tensorboard: bool) -> None:
         path, self._board = output / "log.jsonl", None
         if tensorboard:
-            with _extra("tensorboard=True"):
+            with needs_extra("tensorboard=True", "train"):
                 from torch.utils.tensorboard import SummaryWriter
             self._board = SummaryWriter(str(output / "tensorboard"), purge_step=start)
         lines = path.read_text().splitlines() if path.exists() else []
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] < start]
-        write_atomically(path, lambda temporary: Path(temporary).write_text("".join(line + "\n" for line in kept)))
+        write_text(path, "".join(line + "\n" for line in kept))
         self._file = path.open("a")
 
     def write(self, step: int, figures: dict[str, float]) -> None:

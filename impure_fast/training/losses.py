@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..draws import MixDraws
-from ..errors import MissingExtraError, MissingFileError
+from ..errors import MissingFileError, needs_extra
 from ..model import IMPure
 from ..ops import patch_mix
 from ..ops.patch_assemble import patchify
@@ -77,11 +77,9 @@ def lpips_network(trunk: str, random: bool = False) -> nn.Module:
     trunk: alex, squeeze or vgg; random: with random weights, for tests.
     Raises MissingExtraError without the package, MissingFileError where the trunk's weights cannot be fetched.
     """
-    try:
+    with needs_extra("LPIPS", "perceptual"):
         import lpips
         from torchvision.models import get_weight
-    except ImportError as error:
-        raise MissingExtraError('LPIPS needs the extra "perceptual": pip install "impure-fast[perceptual]".') from error
     try:
         with torch.random.fork_rng(devices=[]):
             network = lpips.LPIPS(net=trunk, pnet_rand=random, verbose=False)

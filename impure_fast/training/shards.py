@@ -20,7 +20,7 @@ from torch import nn
 
 from ..attacks import attack, parse
 from ..errors import InputError
-from ..images import Labelled, Pixels, decode, encode_png, write_atomically
+from ..images import Labelled, Pixels, decode, encode_png, write_atomically, write_text
 from ..purify import to_bytes, to_float
 
 
@@ -93,7 +93,7 @@ def _check(folder: Path, recipe: dict[str, Any]) -> None:
     text = json.dumps(recipe, indent=1) + "\n"
     if path.exists() and path.read_text() != text:
         raise InputError(f"{folder} holds shards of another recipe ({path.name}); choose another folder.")
-    write_atomically(path, lambda temporary: Path(temporary).write_text(text))
+    write_text(path, text)
 
 
 def _exact(file: bytes, clean: Pixels) -> bytes:

@@ -87,7 +87,7 @@ def test_unknown_kinds_of_store_and_a_missing_extra_are_named(monkeypatch):
         stores.read("what://bucket/a.png")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     stores._root.cache_clear()
-    with pytest.raises(MissingExtraError, match=r'need the extra "serve": pip install "impure-fast\[serve\]"'):
+    with pytest.raises(MissingExtraError, match=r'needs the extra "serve": pip install "impure-fast\[serve\]"'):
         stores.read("what://bucket/a.png")
 
 
