@@ -10,6 +10,7 @@ import os
 import secrets
 import tarfile
 import warnings
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -304,7 +305,7 @@ class PackedImages:
         try:
             with np.load(path, allow_pickle=False) as file:
                 self._jpeg, self._offsets, self.labels = file["jpeg"], file["offsets"], file["labels"].astype(np.int64)
-        except (KeyError, ValueError, OSError) as error:
+        except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
             raise InputError(f"{path} is no packed image file (jpeg, offsets, labels): {error}") from error
 
     def __len__(self) -> int:

@@ -44,7 +44,7 @@ def to_bytes(images: Tensor) -> NDArray[np.uint8]:
     return (images.detach().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
-def _check_images(images: Tensor, clamp: bool, check: bool) -> None:
+def check_images(images: Tensor, clamp: bool, check: bool) -> None:
     if not isinstance(images, Tensor):
         raise InputTypeError(f"images is a {type(images).__name__}; wanted a torch.Tensor (torch.from_numpy helps).")
     if images.ndim not in (3, 4) or images.shape[-3] != 3:
@@ -160,6 +160,12 @@ def default_max_batch(config: IMPureConfig, height: int, width: int, memory: int
     return max(1, int(memory // (4 * (encoder + decoder))))
 
 
+def even_batch(most: int) -> int:
+    """The largest of 1, 2, 3, 4, 6, 8, 12, 16, ... up to ``most``: the batches that a GPU's graphs are captured for."""
+    power = 1 << most.bit_length() - 1
+    return power + power // 2 if power + power // 2 <= most else power
+
+
 def purify_images(
     network: Network,
     config: IMPureConfig,
@@ -178,7 +184,7 @@ def purify_images(
 
     drawing: takes the place of drawing and network where no draws are given.
     """
-    _check_images(images, clamp, check)
+    check_images(images, clamp, check)
     if images.ndim == 3:
         options: dict[str, Any] = dict(seed=seed, streams=streams, draws=draws)
         options |= dict(clamp=clamp, max_batch=max_batch, check=False, drawing=drawing)
@@ -196,7 +202,8 @@ def purify_images(
     tiling = Tiling.of(config, *images.shape[2:])
     (height, width), count = tiling.tile, math.prod(tiling.count)
     memory = TILE_MEMORY if images.device.type == "cpu" else DEVICE_TILE_MEMORY
-    size = max_batch or default_max_batch(config, height, width, memory)
+    size = default_max_batch(config, height, width, memory)
+    size = max_batch or (size if drawing is None else even_batch(size))
     if draws is not None:
         draws.check(config, (n * count, 3, height, width))
 

@@ -6,6 +6,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from . import checkpoints
 from .config import PRESETS, IMPureConfig
 from .errors import CheckpointError, ConfigError, InputTypeError, MissingFileError
@@ -36,6 +38,7 @@ def create_model(name: str, **overrides: Any) -> IMPure:
     return IMPure(IMPureConfig.from_dict(PRESETS[name].to_dict() | overrides))
 
 
+@torch.inference_mode(False)  # an Engine must see changes of the weights
 def load(name_or_path: str | Path) -> IMPure:
     """A model with weights: eval mode, fp32, CPU.
 
@@ -62,6 +65,7 @@ def load(name_or_path: str | Path) -> IMPure:
     return IMPure.from_state(config, state, str(path))
 
 
+@torch.inference_mode(False)
 def load_official(
     path_or_state: str | Path | dict[str, Any], config: IMPureConfig | None = None, strict: bool = True
 ) -> IMPure:

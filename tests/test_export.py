@@ -38,8 +38,9 @@ def agrees(function, model, photographs):
 
 @pytest.mark.parametrize("decomposed", [False, True], ids=["operators", "decomposed"])
 def test_a_program_gives_the_models_pictures(photographs, decomposed, tmp_path):
-    model = small_model()
+    model = small_model().train()
     export(model, path := tmp_path / "purifier.pt2", 30, 40, decomposed=decomposed)
+    assert model.training
     program = torch.export.load(path)
     own = [node for node in program.graph.nodes if "impure_fast" in str(node.target)]
     assert bool(own) == (not decomposed and not can_run("reconstruction_attention", "cpp"))

@@ -263,8 +263,11 @@ def test_missing_and_foreign_data_are_named(tmp_path):
     with pytest.raises(MissingFileError, match="does not exist"):
         PackedImages(tmp_path / "none.npz")
     np.savez(tmp_path / "other.npz", a=1)
-    with pytest.raises(InputError, match="no packed image file"):
-        PackedImages(tmp_path / "other.npz")
+    (tmp_path / "empty.npz").write_bytes(b"")
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "other.npz").read_bytes()[:100])
+    for name in ("other", "empty", "cut"):
+        with pytest.raises(InputError, match="no packed image file"):
+            PackedImages(tmp_path / f"{name}.npz")
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ def purify(
         from ..engine import Engine
         from ..serving.bulk import purify_files
 
-        sizes = None if max_batch is None else (max_batch,)
+        sizes = None if max_batch is None else sorted({min(2**i, max_batch) for i in range(max_batch.bit_length() + 1)})
         options = dict(seed=seed, image_step=image_step, feature_step=feature_step)
         if ray is None:
             check_device(device)

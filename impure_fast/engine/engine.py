@@ -5,6 +5,7 @@ images -> purify_images (checks, tiles, draws; as the model's) -> Folded, on eac
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import threading
 import time
@@ -19,11 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..config import IMPureConfig
 from ..draws import Draws, stream_ids
 from ..errors import ConfigError, Error, InputError
 from ..model import IMPure
 from ..philox import Seed, seed_or_fresh
-from ..purify import purify_images
+from ..purify import Tiling, check_images, purify_images
 from .folded import Folded
 from .graphs import Graphs
 from .products import Fp8, Observed, OneDnn, OneDnnInt8, Plain, Product, onednn_missing
@@ -41,7 +43,7 @@ class Engine:
     precision: "fp32", "bf16" or "int8" on a CPU; "fp32", "bf16", "fp16" or "fp8" (from compute capability 8.9 on) on
         a GPU.  None takes bf16 where the hardware has it, else fp32 or fp16.
     batch_sizes: tiles that one network call may take; the largest bounds memory, and on a GPU each is captured as a
-        CUDA graph at its first use.  None: as ``model.purify``, and graphs of the powers of two.
+        CUDA graph at its first use, or by ``warmup``.  None: as ``model.purify``; graphs of 1, 2, 3, 4, 6, 8, 12, ...
     device: as torch names it, or several, over which batches are split; None stays with the model's.
     calibration: for int8 and fp8, pictures [N, 3, H, W] in [0, 1] of the size to come, whose activations fix the
         scales; None takes synthetic ones.
@@ -65,7 +67,7 @@ class Engine:
         if not isinstance(model, IMPure):
             raise ConfigError(f"model is a {type(model).__name__}; Engine wants an IMPure (imp.load gives one).")
         wanted: Any = model.cls_token.device if device is None else device
-        self.devices = [torch.device(d) for d in (wanted if isinstance(wanted, list | tuple) else (wanted,))]
+        self.devices = [_numbered(d) for d in (wanted if isinstance(wanted, list | tuple) else (wanted,))]
         kinds = {d.type for d in self.devices}
         if len(kinds) != 1 or not kinds <= PRECISIONS.keys():
             raise ConfigError(f"device={wanted!r}: wanted one or more devices of one kind, cpu or cuda.")
@@ -75,8 +77,10 @@ class Engine:
             raise ConfigError(f"precision={precision!r}: on {kind} choose one of {', '.join(known)}.")
         if compile and self.precision == "int8":
             raise ConfigError('compile=True: int8 runs on oneDNN alone; choose "fp32" or "bf16".')
-        if batch_sizes is not None and (not batch_sizes or min(batch_sizes) < 1):
+        if batch_sizes is not None and (isinstance(batch_sizes, int) or not batch_sizes or min(batch_sizes) < 1):
             raise ConfigError(f"batch_sizes={batch_sizes!r}: wanted tile counts of at least 1, or None.")
+        if calibration is not None and len(calibration) == 0:
+            raise ConfigError("calibration holds no pictures; leave it out, or give some dozens of yours.")
         self.batch_sizes = None if batch_sizes is None else tuple(sorted(batch_sizes))
         self.model, self.calibration, self.compile = model, calibration, compile
         self._reset()
@@ -116,11 +120,11 @@ class Engine:
         """
         if torch.is_grad_enabled() and isinstance(images, Tensor) and images.requires_grad:
             raise Error("An Engine gives no gradients; model.purify does (or detach the images).")
+        check_images(images, clamp, False)
         began = time.perf_counter()
         config = self.model.config.with_steps(image_step, feature_step)
         options: dict[str, Any] = dict(seed=seed_or_fresh(seed), streams=streams, draws=draws, clamp=clamp, check=check)
-        with torch.inference_mode():
-            result = self._on_devices(config, images, options)
+        result = self._on_devices(config, images, options)
         result = result.clone()  # an inference tensor could enter no graph, such as that of a classifier's training
         with self._lock:
             self._times.append(taken := time.perf_counter() - began)
@@ -129,31 +133,45 @@ class Engine:
             self._images += 1 if images.ndim == 3 else len(images)
         return result
 
-    def _on_devices(self, config: Any, images: Tensor, options: dict[str, Any]) -> Tensor:
+    def _on_devices(self, config: IMPureConfig, images: Tensor, options: dict[str, Any]) -> Tensor:
         networks = self._ready()
-        options["max_batch"] = None if self.batch_sizes is None else self.batch_sizes[-1]
-
-        def run(chosen: tuple[Folded, Graphs | None], part: Tensor, own: dict[str, Any]) -> Tensor:
-            network, drawing = chosen
-            with torch.inference_mode():  # a thread starts without it
-                moved = part.to(network.device, non_blocking=True)
-                return purify_images(network, config, torch.float32, moved, drawing=drawing, **own).to(part.device)
-
         if len(networks) == 1 or images.ndim != 4 or len(images) < 2 or options["draws"] is not None:
-            return run(networks[0], images, options)
+            return self._run(networks[0], config, images, options)
         ids = stream_ids(options["streams"], len(images), "cpu")
         parts, own = images.tensor_split(len(networks)), ids.tensor_split(len(networks))
+        streams = [torch.cuda.current_stream(d) for d in self.devices if d.type == "cuda"]
+
+        def there(network: tuple[Folded, Graphs | None], part: Tensor, ids: Tensor) -> Tensor:
+            with contextlib.ExitStack() as stack:  # a thread begins on streams of its own
+                for stream in streams:
+                    stack.enter_context(torch.cuda.stream(stream))
+                return self._run(network, config, part, {**options, "streams": ids})
+
         with ThreadPoolExecutor(len(networks)) as pool:
-            given = [{**options, "streams": part} for part in own]
-            return torch.cat(list(pool.map(run, networks, parts, given)))
+            todo = [partial(there, *one) for one in zip(networks, parts, own, strict=True)]
+            calls = [pool.submit(copy_context().run, call) for call in todo]
+            return torch.cat([call.result() for call in calls])
+
+    def _run(
+        self, chosen: tuple[Folded, Graphs | None], config: IMPureConfig, images: Tensor, options: dict[str, Any]
+    ) -> Tensor:
+        network, drawing = chosen
+        draws, device = options["draws"], network.device
+        options = options | dict(draws=draws and draws.to(device), max_batch=self.batch_sizes and self.batch_sizes[-1])
+        with _plain(device):
+            moved = images.to(device, non_blocking=device.type == "cuda")  # to a CPU nothing would wait for it
+            return purify_images(network, config, torch.float32, moved, drawing=drawing, **options).to(images.device)
 
     def _ready(self) -> list[tuple[Folded, Graphs | None]]:
         """The folded network of each device, a GPU's with graphs, made anew if the model's weights have changed."""
-        state = [(p.data_ptr(), -1 if p.is_inference() else p._version) for p in self.model.parameters()]
+        weights = list(self.model.parameters())
+        if any(p.is_inference() for p in weights):
+            raise ConfigError("The model was made under torch.inference_mode, where no change of it can be seen.")
+        state = [(p.data_ptr(), p._version) for p in weights]
         with self._lock:
             if state != self._state:
                 self._networks = list(map(self._network, self.devices))
-                self._state = state
+                self._state, self._held = state, [p.detach() for p in weights]  # held: their addresses stay theirs
             return self._networks
 
     def _network(self, device: torch.device) -> tuple[Folded, Graphs | None]:
@@ -167,14 +185,30 @@ class Engine:
         with self._lock:
             self._state = []
 
-    def warmup(self, height: int | None = None, width: int | None = None) -> None:
-        """Do the first call's work now: fold, pack, load, and on a GPU capture the graphs of ``batch_sizes``.
+    def warmup(
+        self,
+        height: int | None = None,
+        width: int | None = None,
+        *,
+        image_step: int | None = None,
+        feature_step: int | None = None,
+    ) -> None:
+        """Do the first call's work now on every device: fold, pack, load, and on a GPU capture the graphs of one
+        picture and of ``batch_sizes``.
 
-        height, width: of the pictures to come; default one tile.
+        height, width: of the pictures to come; default one tile.  image_step, feature_step: of the calls to come.
         """
-        side, ahead = self.model.config.tile_size, self.devices[0].type == "cuda"
-        for count in (self.batch_sizes if ahead else None) or (1,):
-            self.purify(torch.zeros(count, 3, height or side, width or side), seed=0)
+        config = self.model.config.with_steps(image_step, feature_step)
+        picture = torch.zeros(1, 3, height or config.tile_size, width or config.tile_size)
+        options = dict(seed=0, streams=None, draws=None, clamp=True, check=False)
+        tile = Tiling.of(config, *picture.shape[2:]).tile
+        for network, graphs in self._ready():
+            self._run((network, graphs), config, picture, options)
+            if graphs is not None:
+                with _plain(network.device):
+                    for size in self.batch_sizes or ():
+                        tiles = torch.zeros(size, 3, *tile, device=network.device)
+                        graphs(config, tiles, 0, torch.arange(size, device=network.device))
         with self._lock:
             self._forget()
 
@@ -192,21 +226,25 @@ class Engine:
         if batch < 1:
             raise InputError(f"batch={batch}: must be at least 1 picture.")
         key, device = seed_or_fresh(seed), self.devices[0]
-
-        def run(group: list[Tensor], first: int) -> Tensor:
-            streams, stacked = (torch.arange(len(group)) + first) % 2**32, torch.stack(group)
-            if device.type == "cpu" or not stacked.is_cpu:
-                return self.purify(stacked, seed=key, streams=streams, **options)
-            with torch.cuda.stream(torch.cuda.Stream(device)):
-                return self.purify(stacked.pin_memory(), seed=key, streams=streams, **options)
-
         ahead = device.type == "cuda"  # the transfers of one group overlap the work of another
-        for results in _in_order((partial(run, *group) for group in _groups(images, batch)), 2 if ahead else 1):
+        home = torch.cuda.current_stream(device) if ahead else None  # where frames of a GPU were made
+        lanes = [torch.cuda.Stream(device) if ahead else None for _ in range(2)]
+
+        def run(group: list[Tensor], first: int, lane: torch.cuda.Stream | None) -> Tensor:
+            streams = (torch.arange(len(group)) + first) % 2**32
+            with torch.cuda.stream(lane if group[0].is_cpu else home):  # None changes nothing
+                stacked = torch.stack(group)
+                stacked = stacked.pin_memory() if ahead and stacked.is_cpu else stacked
+                return self.purify(stacked, seed=key, streams=streams, **options)
+
+        calls = (partial(run, *group, lanes[i % 2]) for i, group in enumerate(_groups(images, batch)))
+        for results in _in_order(calls, 2 if ahead else 1):
             yield from results
 
     def stats(self) -> dict[str, float]:
         """Of the calls since construction or ``warmup``: count, images, p50_ms, p90_ms, p99_ms (the last 10,000),
-        images_per_second (over the time spent in calls); and graph_hits, the network calls that CUDA graphs answered
+        images_per_second (over the time spent in calls: of pictures that lie on a GPU until the work is queued, not
+        done); and graph_hits, the network calls that CUDA graphs answered
         since the weights were folded (0 on a CPU)."""
         with self._lock:
             times, images, calls, busy = sorted(self._times), self._images, self._calls, self._busy
@@ -223,10 +261,26 @@ class Engine:
         }
 
 
+def _numbered(name: str | torch.device) -> torch.device:
+    """A device; the caller's current GPU where "cuda" names none, since other threads have another."""
+    device = torch.device(name)
+    if device.type == "cuda" and device.index is None and torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+@contextlib.contextmanager
+def _plain(device: torch.device) -> Iterator[None]:
+    """Without gradients, and in the engine's precision whatever autocast the caller is under."""
+    with torch.inference_mode(), torch.autocast(device.type, enabled=False):
+        yield
+
+
 def _groups(images: Iterable[Tensor], batch: int) -> Iterator[tuple[list[Tensor], int]]:
     """(neighbours of one shape and dtype, at most ``batch``; the place of the first)."""
     group: list[Tensor] = []
     for place, image in enumerate(images):
+        check_images(image, True, False)
         if group and (image.shape, image.dtype) != (group[0].shape, group[0].dtype):
             yield group, place - len(group)
             group = []
@@ -267,6 +321,8 @@ def _fold(
     plain = Plain if missing else OneDnn
     if precision in DTYPES:
         dtype = DTYPES[precision]
+        if precision == "bf16" and not missing and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            plain = Plain
         return Folded(model, lambda w, b, _: plain(w.to(dtype), b.to(dtype)), dtype, dtype, device)
     if precision == "int8" and missing:
         raise ConfigError(f'precision="int8" needs oneDNN ({missing}); choose "fp32" or "bf16".')

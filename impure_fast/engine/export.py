@@ -66,10 +66,10 @@ def export_program(
     """
     if height < 1 or width < 1:
         raise InputError(f"height={height}, width={width}: must be at least 1 pixel.")
-    pictures = _Pictures(model, height, width).eval()
+    pictures, device = _Pictures(model, height, width), model.cls_token.device
     # Two pictures: torch takes an example of one for a constant.
-    seed = torch.arange(2) if seeds else torch.tensor(0)
-    example = (torch.zeros(2, 3, height, width), seed, torch.arange(2))
+    seed = torch.arange(2, device=device) if seeds else torch.tensor(0, device=device)
+    example = (torch.zeros(2, 3, height, width, device=device), seed, torch.arange(2, device=device))
     batch = {0: torch.export.Dim("batch", min=1)}
     with torch.no_grad(), backend("reference" if decomposed else "auto"):
         return torch.export.export(pictures, example, dynamic_shapes=(batch, batch if seeds else None, batch))

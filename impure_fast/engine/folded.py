@@ -132,7 +132,7 @@ class Folded:
 
     def compile(self) -> None:
         """Let torch.compile fuse what lies between products and operators, at the first call."""
-        self.run = torch.compile(self.forward, fullgraph=True)
+        self.run = torch.compile(self.forward)
 
     def forward(self, images: Tensor, draws: Draws) -> Tensor:
         c, n, k = self.config, len(images), self.config.num_chunks
@@ -151,7 +151,8 @@ class Folded:
         for b, block in enumerate(self.decoder_blocks):
             residual = x if b < len(self.decoder_blocks) - 1 else hidden_rows(x, k)
             x = block(x if b else packed, 0 if b else k, residual)
-        patches = self.pred(self.decoder_norm(x, self.pred)).view(n, k * m, -1)  # shuffled
+        # In fp32: bf16 would cut a picture's brighter half to 128 levels.
+        patches = self.pred(self.decoder_norm(x, self.pred)).view(n, k * m, -1).float()  # shuffled
         if c.pixel_conv:
             return patch_assemble(patches, draws.order, rows, cols, self.kernel, self.kernel_bias)
         return patch_assemble(patches, draws.order, rows, cols, mean=c.mean, std=c.std)

@@ -68,7 +68,8 @@ class Service:
         if settings.classifier is not None:
             self.target = load_target(settings.classifier)
             self.target.model.to(settings.device)
-        self.engine.warmup()
+        self.steps: dict[str, Any] = dict(image_step=settings.image_step, feature_step=settings.feature_step)
+        self.engine.warmup(**self.steps)
         self.batcher = Batcher(self._run, settings.batch_wait)
         self.held = 0
         self._pace = 0.0  # seconds a picture, of the last batch
@@ -79,8 +80,7 @@ class Service:
         began = time.perf_counter()
         self.metrics.batch(len(pictures))
         images = torch.stack([torch.from_numpy(rgb) for rgb in pictures]).permute(0, 3, 1, 2)  # [N, 3, H, W]
-        steps: dict[str, Any] = dict(image_step=self.settings.image_step, feature_step=self.settings.feature_step)
-        purified = self.engine.purify(images, seed=seed, **steps).permute(0, 2, 3, 1).contiguous().numpy()
+        purified = self.engine.purify(images, seed=seed, **self.steps).permute(0, 2, 3, 1).contiguous().numpy()
         results: list[Any] = list(purified)
         if route == "/classify":
             both = zip(self._classify(pictures), self._classify(results), strict=True)

@@ -31,6 +31,7 @@ class Batcher:
     def __init__(self, run: Callable[[Any, list[Any]], list[Any]], wait: float) -> None:
         self._run, self._wait = run, wait
         self._waiting: list[_Job] = []  # oldest first
+        self._stopping = False
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
 
     def start(self) -> None:
@@ -39,7 +40,8 @@ class Batcher:
 
     async def stop(self) -> None:
         """End after the batch in work; what still waits is cancelled."""
-        self._task.cancel()
+        self._stopping = True
+        self._changed.set()
         await asyncio.wait([self._task])
         for job in self._waiting:
             job.result.cancel()
@@ -58,9 +60,9 @@ class Batcher:
         return await job.result  # a caller that is cancelled cancels it
 
     async def _next(self) -> list[_Job]:
-        """The oldest job and its companions, once they are enough or it has waited long enough."""
+        """The oldest job and its companions, once they are enough or it has waited long enough; none at the end."""
         loop = asyncio.get_running_loop()
-        while True:
+        while not self._stopping:
             self._changed.clear()
             self._waiting = [job for job in self._waiting if not job.result.cancelled()]
             left = None
@@ -73,11 +75,11 @@ class Batcher:
                     return jobs
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), left)
+        return []
 
     async def _work(self) -> None:
         loop = asyncio.get_running_loop()
-        while True:
-            jobs = await self._next()
+        while jobs := await self._next():
             items = [job.item for job in jobs]
             try:
                 results: list[Any] = await loop.run_in_executor(self._thread, self._run, jobs[0].kind, items)

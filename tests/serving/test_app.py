@@ -381,11 +381,11 @@ def test_a_dead_loop_is_unhealthy(weights):
     ("given", "message"),
     [
         (dict(queue=0), "queue=0: wanted an integer of at least 1."),
-        (dict(batch="8"), "batch='8': wanted an integer of at least 1."),
+        (dict(batch="8"), "batch='8': must be int."),
         (dict(timeout=0), "timeout=0: wanted seconds."),
         (dict(batch_wait=float("nan")), "batch_wait=nan: wanted seconds."),
         (dict(image_step=1000), "image_step=1000: wanted an integer from 0 to 999, or none."),
-        (dict(size=3), r"Unknown settings \['size'\]; known are \['model', "),
+        (dict(size=3), r"Unknown settings \['size'\]; known are \['batch', "),
     ],
 )
 def test_impossible_settings_are_named(given, message):

@@ -101,6 +101,26 @@ def test_a_caller_that_has_gone_is_not_worked_for():
     run(scenario)
 
 
+def test_stopping_answers_the_batch_in_work():
+    begun, go = threading.Event(), threading.Event()
+
+    def work(kind, items):
+        begun.set()
+        go.wait(5)
+        return items
+
+    async def scenario(batcher, calls):
+        job = asyncio.create_task(batcher.submit("a", 7, 1))
+        await asyncio.to_thread(begun.wait, 5)
+        stopping = asyncio.create_task(batcher.stop())
+        await asyncio.sleep(0.01)
+        go.set()
+        assert await job == 7
+        await stopping
+
+    run(scenario, work=work)
+
+
 def test_stopping_ends_the_waiting():
     async def scenario(batcher, calls):
         waits = asyncio.create_task(batcher.submit("a", 0, 8))
