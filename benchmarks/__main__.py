@@ -21,6 +21,7 @@ from .runner import MODES, available, ceiling_rows, measure, overhead, positive
 def main() -> int:
     options = _parser().parse_args()
     torch.set_num_threads(1)
+    torch.backends.cudnn.allow_tf32 = False  # a reference in TF32 would excuse errors of every other
     try:
         return int(options.function(options) or 0)
     except (Error, OSError) as error:
@@ -121,11 +122,11 @@ def _overhead(options: argparse.Namespace) -> None:
 
 
 def _ceilings(options: argparse.Namespace) -> None:
-    rows = ceiling_rows(options.dtypes, options.device, options.rounds, options.small)
-    for row in rows:
+    rows: list[dict[str, Any]] = []
+    for row in ceiling_rows(options.dtypes, options.device, options.rounds, options.small):
         speed = f"{row['gflops']:.1f} GFLOP/s" if "gflops" in row else f"{row['gbytes_per_s']:.1f} GB/s"
-        print(f"{row['op']} {row['shape']:16} {row['dtype']:9} {row['provider']:7} {speed}")
-    _keep(options, [], rows)
+        print(f"{row['op']} {row['shape']:16} {row['dtype']:9} {row['provider']:7} {speed}", flush=True)
+        _keep(options, rows, [row])
 
 
 def _keep(options: argparse.Namespace, rows: list[dict[str, Any]], new: list[dict[str, Any]]) -> None:

@@ -1,23 +1,25 @@
 #!/usr/bin/env bash
 # Everything worth measuring on a GPU machine without a network, inside a time limit: small files under --out.
 #
-#   benchmarks/gpu_campaign.sh [--out DIR] [--minutes 9] [--parts a,b,...] [--device cuda] [--python FILE] [--dry-run]
+#   benchmarks/gpu_campaign.sh [--out DIR] [--archive FILE.tgz] [--minutes 9] [--parts a,b,...] [--device cuda]
+#                              [--python FILE] [--dry-run]
 #
-# Needs torch, timm, numpy and safetensors; nothing is installed.  Libraries in impure_fast/*.so that load are not built
-# again.  GIT_COMMIT names the commit where the tree has no .git.
+# Needs torch, timm, numpy, safetensors and pytest; nothing is installed.  Libraries in impure_fast/*.so that load are
+# not built again.  GIT_COMMIT names the commit where the tree has no .git.
 # Every part has a share of the time and never more than what is left; a part that fails, or takes too long, loses
-# nothing but itself, and rows are written as they come.  status.tsv: part, done|failed|timeout|skipped, seconds, reason.
-# Exit 1 if any part failed.
+# nothing but itself, and rows are written as they come; after each part --archive holds all of DIR in one file.
+# Without libraries for the GPU nothing else is run.  status.tsv: part, done|failed|timeout|skipped, seconds, reason.
+# Parts beside the default ones: tests (all of a GPU's), compile, ncu.  Exit 1 if any part failed.
 set -u
 cd "$(dirname "$0")/.." || exit 2
 
 usage() { echo "$1; see the head of $0" >&2 && exit 2; }
-out=campaign minutes=9 device=cuda dry="" python=""
-parts=versions,build,ceilings,operators,network,latency,training,tests,sanitizer,ncu,compile
+out=campaign archive="" minutes=9 device=cuda dry="" python=""
+parts=versions,build,parity,ceilings,latency,network,operators,training,sanitizer
 while [ $# -gt 0 ]; do
     case "$1" in
         --dry-run) dry=yes && shift && continue ;;
-        --out | --minutes | --parts | --device | --python) [ $# -gt 1 ] || usage "$1 wants a value" ;;
+        --out | --archive | --minutes | --parts | --device | --python) [ $# -gt 1 ] || usage "$1 wants a value" ;;
         *) usage "unknown argument $1" ;;
     esac
     printf -v "${1#--}" %s "$2" && shift 2
@@ -54,10 +56,11 @@ part_build() {
 part_ceilings() { bench 999 ceilings ceilings --rounds 31; }
 part_operators() {
     # One process an operator: a kernel that kills or hangs its process takes no other's figures along.
-    local op worst=0 seconds=$((share / 5))
-    for op in order patch_mix patch_mask patch_assemble reconstruction_attention; do
+    local op worst=0 seconds=$((share / 6))
+    for op in noise order patch_mix patch_mask patch_assemble reconstruction_attention; do
         [ $op != reconstruction_attention ] || seconds=999
-        bench $seconds $op run --ops $op --rounds 15 --providers "reference,sdpa*,products,auto,cuda*,triton*" || worst=1
+        bench $seconds $op run --ops $op --rounds 11 --dtypes bfloat16,float32 \
+            --providers "reference,sdpa*,products,cuda,triton" || worst=1
     done
     return $worst
 }
@@ -73,13 +76,20 @@ part_compile() {
         --seconds 2 --model impure_base_patch16_224 --providers "engine bf16,engine bf16 compiled" || worst=1
     return $worst
 }
-part_tests() { "$python" -m pytest -q tests/ops tests/golden tests/test_engine.py; }
+check() { # check ARGUMENT...: pytest, each verdict at once, on several processes where it can
+    local many=""
+    "$python" -c "import xdist" 2> /dev/null && many="-n 8"
+    "$python" -m pytest -v -p no:cacheprovider $many "$@"
+}
+part_parity() { check tests/ops tests/golden -k "(parity or golden or released) and (cuda or triton)"; }
+part_tests() { check tests/ops tests/golden tests/test_engine.py -k "cuda or triton or gpu"; }
 part_sanitizer() {
-    # torch's allocator would hide what lies beside a tensor.
+    # torch's allocator would hide what lies beside a tensor.  No timing: its graphs need that allocator.
     local tool worst=0
     for tool in memcheck racecheck; do
-        PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $tool --error-exitcode 9 "$python" -m benchmarks run \
-            --small --rounds 1 --dtypes float32,bfloat16 --providers "cuda,triton" --device cuda || worst=$?
+        PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout --foreground --signal=KILL $((share / 2)) \
+            compute-sanitizer --tool $tool --error-exitcode 9 --report-api-errors no "$python" -m pytest -v \
+            -p no:cacheprovider tests/ops -k "parity and (cuda or triton) and (fp32 or bf16)" || worst=$?
     done
     return $worst
 }
@@ -88,17 +98,18 @@ part_training() {
         ${small:+--model impure_tiny --batch 1 --rounds 1}
 }
 part_latency() {
-    local tiny="--side 224 --batches 1,8,64 --rates 20,100 --seconds 2" base="--batches 1,8,64,256 --rates 20,100 --seconds 2"
-    local providers="operators,engine fp32,engine bf16,engine fp16,engine fp8,no purifier"
+    local base="--batches 1,64 --rates 100 --seconds 0.4" tiny="--side 224 --batches 1,8,64 --rates 100 --seconds 0.4"
+    local providers="engine bf16,engine fp8,engine fp16,operators,no purifier" worst=0
     [ -z "$small" ] || tiny="--side 32 --batches 1 --rates 50 --seconds 0" providers="engine fp32"
-    "$python" -m benchmarks.latency --device "$device" --csv "$out/latency.csv" --providers "$providers" $tiny || return
     [ -n "$small" ] || "$python" -m benchmarks.latency --device "$device" --csv "$out/latency.csv" \
-        --providers "$providers" --model impure_base_patch16_224 $base
+        --providers "$providers" --model impure_base_patch16_224 $base || worst=1
+    "$python" -m benchmarks.latency --device "$device" --csv "$out/latency.csv" --providers "$providers" $tiny || worst=1
+    return $worst
 }
 part_ncu() {
     [ -n "$(slowest)" ] || { echo "$out holds no figures of a kernel; run the part operators" && return 1; }
     slowest | while IFS=$'\t' read -r op shape provider; do
-        ncu --csv --set basic --launch-count 4 --kernel-name 'regex:attention|_forward|_backward' \
+        ncu --csv --set basic --clock-control none --launch-count 4 --kernel-name 'regex:attention|_forward|_backward' \
             "$python" -m benchmarks run --ops "$op" --shapes "$shape" --modes forward --dtypes bfloat16 --rounds 1 \
             --providers "$provider" --device cuda < /dev/null
     done
@@ -117,8 +128,8 @@ PYTHON
 share() { # seconds a part may take
     local of_nine_minutes
     case "$1" in
-        operators) of_nine_minutes=180 ;; build) of_nine_minutes=150 ;;
-        network | latency | sanitizer | compile) of_nine_minutes=90 ;; *) of_nine_minutes=60 ;;
+        operators | build) of_nine_minutes=150 ;; latency) of_nine_minutes=110 ;;
+        compile | tests) of_nine_minutes=240 ;; versions) of_nine_minutes=20 ;; *) of_nine_minutes=60 ;;
     esac
     echo $((of_nine_minutes * total / 540 + 1))
 }
@@ -126,9 +137,9 @@ share() { # seconds a part may take
 why_not() { # why a part cannot run here, or nothing
     local tool="" probe
     case "$1" in
-        tests) timeout "$2" "$python" -c "import pytest" 2> /dev/null || echo "pytest is not installed" ;;
+        tests | parity) timeout "$2" "$python" -c "import pytest" 2> /dev/null || echo "pytest is not installed" ;;
         sanitizer) tool="compute-sanitizer --error-exitcode 9" ;;
-        ncu) tool="ncu --launch-count 1" ;;
+        ncu) tool="ncu --clock-control none --launch-count 1" ;;
     esac
     [ -n "$tool" ] || return 0
     if ! command -v "${tool%% *}" > /dev/null; then
@@ -143,17 +154,17 @@ why_not() { # why a part cannot run here, or nothing
 
 run_part() {
     local name=$1 began=$SECONDS reason="" state=done left=$((deadline - SECONDS)) code
-    share=$(share "$name")
-    [ "$share" -lt $left ] || share=$left
     if ! declare -F "part_$name" > /dev/null; then
         state=failed reason="there is no such part"
     elif [ $left -lt 5 ]; then
         state=skipped reason="no time was left"
-    elif reason=$(why_not "$name" "$share"); [ -n "$reason" ]; then
+    elif reason=$(why_not "$name" $((left < 25 ? left : 25))); [ -n "$reason" ]; then
         state=skipped
     else
+        left=$((deadline - SECONDS)) share=$(share "$name")
+        [ "$share" -lt $left ] || share=$((left > 1 ? left : 1))
         # A shell of its own under timeout: KILL reaches the whole group, whatever it does about TERM.
-        timeout --signal=KILL "$share" bash -c "$(declare -f); part_$name" > "$out/$name.txt" 2>&1 < /dev/null
+        share=$share timeout --signal=KILL "$share" bash -c "$(declare -f); part_$name" > "$out/$name.txt" 2>&1 < /dev/null
         code=$?
         case $code in
             0) ;; 124 | 137) state=timeout reason="more than $share s" ;;
@@ -162,6 +173,8 @@ run_part() {
     fi
     case $state in failed | timeout) failures=1 ;; esac
     printf '%s\t%s\t%s\t%s\n' "$name" $state $((SECONDS - began)) "$reason" | tee -a "$out/status.tsv"
+    [ -z "$archive" ] || tar czf "$archive" -C "$out" .
+    [ "$name $device" != "build cuda" ] || [ $state = done ] || exit 1
 }
 
 if [ -n "$dry" ]; then
@@ -172,7 +185,7 @@ if [ -n "$dry" ]; then
 fi
 mkdir -p "$out"
 : > "$out/status.tsv"
-export out device python small share
+export out device python small
 # Where the package is not installed, its kernels lie beside it.
 "$python" -c "import sys, importlib.util as u; sys.exit(not u.find_spec('impure_fast.kernels'))" ||
     ln -sfn ../kernels impure_fast/kernels

@@ -30,6 +30,7 @@ from impure_fast.engine.engine import PRECISIONS
 from impure_fast.errors import Error, InputError, MissingExtraError
 from impure_fast.evaluation.analysis import psnr
 from impure_fast.model import IMPure
+from impure_fast.purify import even_batch
 from impure_fast.zoo import shipped
 
 from . import authors, results
@@ -37,7 +38,7 @@ from .runner import available, machine, positive
 
 Purify = Callable[[Tensor, int | None], Tensor]  # (uint8 [N, 3, H, W] on the host, seed) -> float in [0, 1] on device
 CSV = results.ROOT / "benchmarks" / "results" / "latency.csv"
-AGREES = 40.0  # dB of PSNR against the reference that a provider must reach
+AGREES = {"engine fp8": 30.0}  # dB of PSNR against the reference that a provider must reach; the others: 40
 LOOPS = {"closed": "images/s", "open": "images/s arriving"}  # of the pictures, their first axes
 COLUMNS = ("date", "commit", "machine", "model", "pictures", "provider", "loop", "load", "statistic", "value")
 
@@ -191,7 +192,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
                 truth = result if truth is None else truth
                 agreement = psnr(result.float(), truth) if result is not truth else float("inf")
                 note(name, "parity", 0, {"psnr": agreement})
-                if agreement < AGREES and name != "no purifier":
+                if agreement < AGREES.get(name, 40.0) and name != "no purifier":
                     note(name, "none", 0, {"why_not": "its pictures differ from the reference's"})
                     continue
                 _time(name, purify, classifier, pictures, options, note)
@@ -216,6 +217,9 @@ def _time(
     for batch in options.batches:
         answer(pictures[:batch])  # shapes compiled, memory touched
         note(name, "closed", batch, summary(closed_loop(answer, pictures[:batch], options.seconds), batch))
+    for batch in range(1, max(options.batches) + 1) if options.rates else ():
+        if batch == even_batch(batch):  # the open loop takes any number: their graphs and compilations come before it
+            answer(pictures[:batch])
     for rate in options.rates:
         taken = open_loop(answer, pictures[: max(options.batches)], rate, options.seconds)
         figures = summary(taken, 1)
@@ -274,6 +278,7 @@ def main() -> None:
     parser.add_argument("--picture", metavar="FILE")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    torch.backends.cudnn.allow_tf32 = False
     try:
         rows = measure(options)
     except (Error, OSError) as error:

@@ -242,8 +242,9 @@ def _net(preset: str, batch: int, side: int, small: bool = False, large: bool = 
 
 
 def _noise(n: int, count: int, small: bool = False) -> Problem:
-    options = {"seed": 2**62 + 1, "purpose": IMAGE_NOISE, "count": count}
-    return Problem("noise", f"{n}x{count}", {"streams": ((n,), "streams")}, options, 0.0, small=small)
+    tensors = {"streams": ((n,), "streams"), "seed": ((), "streams")}
+    options = {"purpose": IMAGE_NOISE, "count": count, "gaussian": True}
+    return Problem("noise", f"{n}x{count}", tensors, options, 0.0, small=small)
 
 
 def _rows(*shape: int, small: bool = False) -> Problem:

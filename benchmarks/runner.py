@@ -160,12 +160,13 @@ def _clock(call: Callable[[], Any], device: str, capture: bool = True) -> tuple[
 
 
 def _captured(call: Callable[[], Any]) -> tuple[Callable[[], Any], str]:
-    graph = torch.cuda.CUDAGraph()
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     torch.cuda.synchronize()
     try:
         with torch.cuda.graph(graph):
             call()
     except Exception:
+        torch.cuda.set_stream(stream)  # a capture that fails leaves its own
         torch.cuda.synchronize()
         return call, "CUDA events"
     return graph.replay, "CUDA events, graph"
@@ -194,6 +195,7 @@ def measure(
     ratio: median over the rounds of the baseline's time over this provider's.  The baseline is torch's attention
     ("sdpa") or else the reference.
     """
+    top = ceilings(device, dtype)  # first: a capture that fails may spoil torch's generator on the GPU
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()  # compiled code of other problems counts against its limit
     inputs = problem.make(dtype, device)
@@ -226,7 +228,7 @@ def measure(
                 taken, paired = again[name], again[baseline] if baseline else None
             if "why_not" in row:
                 continue
-        row |= _figures(taken, paired, work, ceilings(device, dtype))
+        row |= _figures(taken, paired, work, top)
         row |= {"baseline": baseline, "rounds": rounds, **board}
         if device == "cpu" and name.startswith("triton"):
             row["note"] = "Triton's interpreter: no measure of a kernel"
@@ -320,15 +322,15 @@ PRODUCTS = [
 ]
 
 
-def ceiling_rows(dtypes: list[str], device: str, rounds: int, small: bool) -> list[dict[str, Any]]:
+def ceiling_rows(dtypes: list[str], device: str, rounds: int, small: bool) -> Iterator[dict[str, Any]]:
     """The machine's ceilings, and what it reaches on the network's own products."""
-    rows = []
     for name in dtypes:
         dtype = getattr(torch, name)
         base = {"dtype": name, "mode": "forward", "provider": "torch", "machine": machine(device)}
         copy, product = ceilings(device, dtype)
-        rows.append({**base, "op": "ceiling", "shape": "copy", "gbytes_per_s": round(copy / 1e9, 1)})
-        rows.append({**base, "op": "ceiling", "shape": "product", "gflops": round(product / 1e9, 1)})
+        board = _board(device)
+        yield {**base, "op": "ceiling", "shape": "copy", "gbytes_per_s": round(copy / 1e9, 1)}
+        yield {**base, "op": "ceiling", "shape": "product", "gflops": round(product / 1e9, 1)} | board
         for m, k, n in PRODUCTS[:1] if small else PRODUCTS:
             x, weight = (torch.randn(shape, device=device).to(dtype) for shape in ((m, k), (n, k)))
             for provider, multiply in products(weight).items():
@@ -338,8 +340,7 @@ def ceiling_rows(dtypes: list[str], device: str, rounds: int, small: bool) -> li
                 row = {**base, "provider": provider, "op": "product", "shape": f"{m}x{k}x{n}", "clock": clock}
                 row |= _figures(taken, None, (0.0, 0.0), (copy, product))
                 row["gflops"] = round(2e-9 * m * k * n / statistics.median(taken), 1)
-                rows.append(row | _board(device))
-    return rows
+                yield row
 
 
 def overhead(rounds: int) -> list[dict[str, Any]]:

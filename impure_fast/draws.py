@@ -127,7 +127,7 @@ class Draws:
         seed = seed_or_fresh(seed, (n,))
         ids = stream_ids(streams, n, device)
         if config.random_order:
-            order = uniform(seed, ids, ORDER, tokens).argsort(dim=1, stable=True)
+            order = noise(ids, seed, ORDER, tokens, gaussian=False).argsort(dim=1, stable=True)
         else:
             order = fixed_order(config, rows, cols, device).expand(n, tokens)
         spare_rows, spare_cols = config.table_side - rows, config.table_side - cols

@@ -27,7 +27,7 @@ from .memory import ALL, State, Step, again, run_steps
 from .ops import patch_assemble, patch_mask, reconstruction_attention
 from .ops._dispatch import wished
 from .ops.patch_assemble import unpatchify, unshuffle
-from .ops.patch_mask import gather_tokens
+from .ops.patch_mask import gather_tokens, per_channel
 from .ops.reconstruction_attention import replica_rows
 from .purify import purify_images
 
@@ -168,6 +168,12 @@ def table_cells(config: IMPureConfig, positions: Tensor, rows: int, cols: int) -
     return positions[:, :1] * side + positions[:, 1:] + raster.flatten()
 
 
+def other_chunks(k: int, device: torch.device) -> Tensor:
+    """[K, K-1] int64: row i holds every chunk but i."""
+    others = torch.arange(k - 1, device=device).expand(k, -1)
+    return others + (others >= torch.arange(k, device=device)[:, None])
+
+
 def hidden_rows(x: Tensor, chunks: int) -> Tensor:
     """The rows of chunk i in replica i.  x: [N*K, 1 + L, E] -> [N*K, M, E]."""
     own = x[:, 1:].unflatten(0, (-1, chunks)).unflatten(2, (chunks, -1))  # [N, K, K, M, E]
@@ -235,14 +241,11 @@ class IMPure(nn.Module):
 
     def normalise(self, images: Tensor) -> Tensor:
         """[0, 1] units -> the network's."""
-        return (images - images.new_tensor(self.config.mean).view(3, 1, 1)) / self._std(images)
+        return (images - per_channel(self.config.mean, images)) / per_channel(self.config.std, images)
 
     def unnormalise(self, x: Tensor) -> Tensor:
         """The inverse; nothing is clamped."""
-        return x * self._std(x) + x.new_tensor(self.config.mean).view(3, 1, 1)
-
-    def _std(self, like: Tensor) -> Tensor:
-        return like.new_tensor(self.config.std).view(3, 1, 1)
+        return x * per_channel(self.config.std, x) + per_channel(self.config.mean, x)
 
     def add_noise(self, x: Tensor, step: Tensor, noise: Tensor) -> Tensor:
         """a[step] * x + b[step] * noise; step has x's leading axes."""
@@ -416,8 +419,7 @@ class IMPure(nn.Module):
     def head_tokens(self, heads: Tensor) -> Tensor:
         """Every replica's head, made of the other chunks' class tokens.  [N*K, D] -> [N, K, E]."""
         k = self.config.num_chunks
-        others = torch.tensor([[j for j in range(k) if j != i] for i in range(k)], device=heads.device)  # [K, K-1]
-        heads = heads.view(-1, k, heads.shape[1])[:, others].flatten(2)  # [N, K, (K-1)*D]
+        heads = heads.view(-1, k, heads.shape[1])[:, other_chunks(k, heads.device)].flatten(2)  # [N, K, (K-1)*D]
         return self.decoder_head_embed(heads) + self.decoder_pos_embed[:, :1]
 
     def to_image(self, prediction: Tensor, rows: int, cols: int) -> Tensor:

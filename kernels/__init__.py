@@ -1,1 +1,1 @@
-"""Triton kernels, installed as ``impure_fast.kernels``; there are none yet."""
+"""Triton kernels, installed as ``impure_fast.kernels``; each file belongs to the operator of its name."""

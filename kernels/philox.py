@@ -44,12 +44,25 @@ def normal_of_words(first, second):
 
 
 @triton.jit
+def _neighbours(x0, x1, x2, x3):
+    """Four tiles [R, B] -> [R, 4 * B], in turns."""
+    return tl.join(tl.join(x0, x2), tl.join(x1, x3)).reshape(x0.shape[0], 4 * x0.shape[1])
+
+
+@triton.jit
+def uniforms(seed, stream, block, PURPOSE: tl.constexpr):
+    """As ``normals``: multiples of 2**-24 in [0, 1)."""
+    w0, w1, w2, w3 = words(seed, stream, block, PURPOSE)
+    return (_neighbours(w0, w1, w2, w3) >> 8).to(tl.float32) * 5.9604644775390625e-08
+
+
+@triton.jit
 def normals(seed, stream, block, PURPOSE: tl.constexpr):
     """Elements 4 * block .. 4 * block + 3: a tile [R, B] of blocks -> [R, 4 * B], neighbours in one thread."""
     w0, w1, w2, w3 = words(seed, stream, block, PURPOSE)
     n0, n1 = normal_of_words(w0, w1)
     n2, n3 = normal_of_words(w2, w3)
-    return tl.join(tl.join(n0, n2), tl.join(n1, n3)).reshape(block.shape[0], 4 * block.shape[1])
+    return _neighbours(n0, n1, n2, n3)
 
 
 @triton.jit

@@ -16,6 +16,8 @@ if not torch.cuda.is_available():
 from impure_fast import IMPure, IMPureConfig, zoo
 from impure_fast.checkpoints import save_safetensors
 
+torch.backends.cudnn.allow_tf32 = False  # fp32 is compared as fp32
+
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other, a hundredfold on a busy machine
 
 SMALL = IMPureConfig(

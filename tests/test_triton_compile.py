@@ -35,10 +35,11 @@ ATTENTION = {
 }
 DTYPES = ("float32", "bfloat16", "float16")
 # Compiled by every test run; the rest takes minutes.
-CORE = re.compile(r"order|(encoder|decoder|p=16) (float32|bfloat16)")
+CORE = re.compile(r"order|noise|uniforms|(encoder|decoder|p=16) (float32|bfloat16)")
 # At most, in any configuration: a new spill or a lost vector access shows here first.
 REGISTERS = {
     "order_forward": 176,
+    "noise_forward": 64,
     "patch_mask_forward": 128,
     "patch_mask_backward": 96,
     "patch_mix_forward": 64,
@@ -55,10 +56,10 @@ REGISTERS = {
 def cases():
     """(name, host call) for every tile, form, element type and optional argument; on meta tensors."""
     import torch
-    from impure_fast.kernels import attention, order, patch_assemble, patch_mask, patch_mix
+    from impure_fast.kernels import attention, noise, order, patch_assemble, patch_mask, patch_mix
 
     def empty(*shape, dtype=torch.float32):
-        return torch.empty(*shape, dtype=dtype, device="meta")
+        return torch.empty(shape, dtype=dtype, device="meta")
 
     def attend(queries, keys, heads, width, chunks, dtype, n=8):
         k, v = empty(n, keys, 3, heads, width, dtype=dtype).unbind(2)[1:]
@@ -75,6 +76,9 @@ def cases():
         patch_assemble.backward(image, patches, places, grid, grid, weight, bias, mean, std, clamp)
 
     yield "order", lambda: order.forward(empty(8, 196))
+    key = empty(dtype=torch.int64)
+    yield "noise", lambda: noise.forward(empty(8, dtype=torch.int64), key, 3, 3 * 224 * 224, True)
+    yield "uniforms", lambda: noise.forward(empty(8, dtype=torch.int64), key, 1, 196, False)
     factor, streams = empty(8), empty(8, dtype=torch.int64)
     made, given = (factor, factor, None, 1 << 40, streams), (factor, factor, empty(8, 3, 224, 224), None, None)
     for name in DTYPES:
@@ -107,8 +111,9 @@ def cases():
     # Sizes of 1 reach the compiler as constants.
     images, place, rows = empty(1, 1, 16, 16), empty(1, 1, dtype=torch.int64), empty(2, 1, 256)
     one, stream = empty(1), empty(1, dtype=torch.int64)
-    noise = (one, one, None, 1, stream)
-    yield "single", functools.partial(patch_mask.forward, images, place, 16, MEAN[:1], STD[:1], *noise)
+    alone = (one, one, None, 1, stream)
+    yield "single", functools.partial(patch_mask.forward, images, place, 16, MEAN[:1], STD[:1], *alone)
+    yield "single", functools.partial(noise.forward, stream, stream, 3, 1, True)
     yield "single", functools.partial(patch_mask.backward, rows, place, (1, 1, 16, 16), 16, STD[:1], one)
     yield "single", functools.partial(patch_mix.forward, images, images, place, 0, 1, 16)
     yield "single", functools.partial(patch_mix.backward, images, place, 0, 1, 16)
@@ -199,7 +204,7 @@ def kernels(request, core):
 
 
 def test_every_kernel_is_compiled(kernels):
-    assert {name.split(",")[0] for name in kernels} >= REGISTERS.keys() - {"order_forward"}
+    assert {name.split(",")[0] for name in kernels} >= REGISTERS.keys() - {"order_forward", "noise_forward"}
 
 
 def test_nothing_spills(kernels):

@@ -47,25 +47,26 @@ def normal(seed: int | Tensor, streams: Tensor, purpose: int, count: int) -> Ten
     return torch.stack((radius * angle.cos(), radius * angle.sin()), dim=2).flatten(1)[:, :count]
 
 
-def reference(streams: Tensor, seed: int, purpose: int, count: int) -> Tensor:
-    return normal(seed, streams, purpose, count)
+def reference(streams: Tensor, seed: Tensor, purpose: int, count: int, gaussian: bool) -> Tensor:
+    return (normal if gaussian else uniform)(seed, streams, purpose, count)
 
 
 class Model(nn.Module):
-    def __init__(self, seed: int, purpose: int, count: int) -> None:
+    def __init__(self, purpose: int, count: int, gaussian: bool) -> None:
         super().__init__()
-        self.seed = seed
         self.purpose = purpose
         self.count = count
+        self.gaussian = gaussian
 
-    def forward(self, streams: Tensor) -> Tensor:
-        return reference(streams, self.seed, self.purpose, self.count)
+    def forward(self, streams: Tensor, seed: Tensor) -> Tensor:
+        return reference(streams, seed, self.purpose, self.count, self.gaussian)
 
 
 def get_inputs() -> list[Tensor]:
     streams = torch.randint(2**32, (4,))
-    return [streams]
+    seed = torch.randint(2**32, ())
+    return [streams, seed]
 
 
 def get_init_inputs() -> list:
-    return [4611686018427387905, 3, 150528]
+    return [3, 150528, True]

@@ -19,6 +19,11 @@ def unshuffle(patches: Tensor, order: Tensor) -> Tensor:
     return torch.empty_like(patches).scatter(1, order[:, :, None].expand_as(patches), patches)
 
 
+def per_channel(values: list[float] | tuple[float, ...], like: Tensor) -> Tensor:
+    """[C, 1, 1], made where ``like`` is: a copy from the host could not be captured in a CUDA graph."""
+    return torch.stack([like.new_full((1, 1), value) for value in values])
+
+
 def reference(
     patches: Tensor,
     order: Tensor,
@@ -35,7 +40,7 @@ def reference(
     if weight is not None:
         image = F.conv2d(image, weight, bias, padding=1)
     if mean is not None and std is not None:
-        image = image * image.new_tensor(std).view(3, 1, 1) + image.new_tensor(mean).view(3, 1, 1)
+        image = image * per_channel(std, image) + per_channel(mean, image)
     if clamp or to_uint8:
         image = image.clamp(0, 1)
     return (image.float() * 255).round().to(torch.uint8) if to_uint8 else image

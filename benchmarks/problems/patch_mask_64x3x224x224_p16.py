@@ -12,6 +12,11 @@ _ROUNDS = 10
 IMAGE_NOISE = 3
 
 
+def per_channel(values: list[float] | tuple[float, ...], like: Tensor) -> Tensor:
+    """[C, 1, 1], made where ``like`` is: a copy from the host could not be captured in a CUDA graph."""
+    return torch.stack([like.new_full((1, 1), value) for value in values])
+
+
 def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
     """x: [N, L, W], index: [N, L] -> x[n, index[n, l]]."""
     return x.gather(1, index[:, :, None].expand(-1, -1, x.shape[2]))
@@ -73,7 +78,7 @@ def reference(
     streams: Tensor | None,
 ) -> Tensor:
     x = images.float() / 255 if images.dtype == torch.uint8 else images
-    x = (x - x.new_tensor(mean).view(-1, 1, 1)) / x.new_tensor(std).view(-1, 1, 1)
+    x = (x - per_channel(mean, x)) / per_channel(std, x)
     rows = gather_tokens(to_rows(x, patch), order)
     if signal is None or level is None:
         return rows

@@ -164,15 +164,21 @@ Tensor normalise(const Tensor& x, const std::optional<Tensor>& weight,
   return y;
 }
 
-Tensor make_noise(const Tensor& streams, int64_t seed, int64_t purpose, int64_t count) {
+Tensor make_noise(const Tensor& streams, const Tensor& seed, int64_t purpose, int64_t count,
+                  bool gaussian) {
   STD_TORCH_CHECK(streams.is_cpu() && streams.is_contiguous() && streams.dim() == 1 &&
                       streams.scalar_type() == ScalarType::Long && count >= 0,
                   "streams must be contiguous int64 [N] on the CPU.");
+  STD_TORCH_CHECK(seed.is_cpu() && seed.is_contiguous() && seed.scalar_type() == ScalarType::Long &&
+                      (seed.dim() == 0 || (seed.dim() == 1 && seed.size(0) == streams.size(0))),
+                  "seed must be contiguous int64, [] or [N], on the CPU.");
   Tensor out = torch::stable::new_empty(streams, {streams.size(0), count}, ScalarType::Float);
-  const NoiseProblem p{.seed = static_cast<uint64_t>(seed),
+  const NoiseProblem p{.seeds = seed.const_data_ptr<int64_t>(),
+                       .seed_step = seed.dim(),
                        .streams = streams.const_data_ptr<int64_t>(),
                        .purpose = static_cast<uint32_t>(purpose),
                        .count = count,
+                       .gaussian = gaussian,
                        .out = out.mutable_data_ptr<float>()};
   torch::stable::parallel_for(0, streams.size(0), grain(40 * count),
                               [&](int64_t begin, int64_t end) { fill_noise(p, begin, end); });

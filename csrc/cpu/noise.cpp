@@ -42,11 +42,15 @@ IMPURE_FAST_INLINE float log(float x) {
   return n * 0.693359375f + (n * -2.12194440e-4f + 2 * z * series);  // log 2 in two parts
 }
 
+// Exact, and so is 1 - u.
+IMPURE_FAST_INLINE float uniform(uint32_t word) {
+  return static_cast<int32_t>(word >> 8) * 0x1p-24f;
+}
+
 // Two normals of two words.
 IMPURE_FAST_INLINE void normals(uint32_t first, uint32_t second, float* even, float* odd) {
-  constexpr float kUnit = 0x1p-24f;  // exact, and so is 1 - u
-  const float radius = std::sqrt(-2 * log(1 - static_cast<int32_t>(first >> 8) * kUnit));
-  const float turn = static_cast<int32_t>(second >> 8) * kUnit, angle = turn * 6.283185307179586f;
+  const float radius = std::sqrt(-2 * log(1 - uniform(first)));
+  const float turn = uniform(second), angle = turn * 6.283185307179586f;
   const int32_t q = static_cast<int32_t>(turn * 4 + 0.5f);
   // pi / 2 in parts whose products with q are exact.
   const float r = ((angle - q * 1.5703125f) - q * 4.837512969970703e-4f) - q * 7.54978995489e-8f;
@@ -68,11 +72,16 @@ IMPURE_FAST_CLONES void fill_noise(const NoiseProblem& problem, int64_t begin, i
   for (int64_t row = begin; row < end; ++row) {
     float* const out = p.out + row * p.count;
     for (int64_t first = 0; 4 * first < p.count; first += kBlocks) {
-      philox(p.seed, p.streams[row], p.purpose, first, words);
-      for (int i = 0; i < kBlocks; ++i)
-        normals(words[0][i], words[1][i], &parts[0][i], &parts[1][i]);
-      for (int i = 0; i < kBlocks; ++i)
-        normals(words[2][i], words[3][i], &parts[2][i], &parts[3][i]);
+      philox(static_cast<uint64_t>(p.seeds[row * p.seed_step]), p.streams[row], p.purpose, first,
+             words);
+      for (int j = 0; j < 4; j += p.gaussian ? 2 : 1) {
+        if (p.gaussian) {
+          for (int i = 0; i < kBlocks; ++i)
+            normals(words[j][i], words[j + 1][i], &parts[j][i], &parts[j + 1][i]);
+        } else {
+          for (int i = 0; i < kBlocks; ++i) parts[j][i] = uniform(words[j][i]);
+        }
+      }
       const int64_t left = p.count - 4 * first;
       if (left >= 4 * kBlocks) {
         for (int i = 0; i < kBlocks; ++i) {

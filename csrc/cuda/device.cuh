@@ -127,9 +127,10 @@ template <class Arguments>
 const char* launch(void (*kernel)(Arguments), int64_t blocks_x, int blocks_y, int threads,
                    int shared_bytes, void* stream, const Arguments& arguments) {
   cudaError_t status = cudaSuccess;
-  if (shared_bytes > 48 * 1024)  // more has to be asked for
-    status =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  // More has to be allowed; always the most, since another thread may launch the kernel too.
+  if (shared_bytes > 48 * 1024)
+    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                  current_device().shared_bytes);
   if (status == cudaSuccess) {
     kernel<<<dim3(static_cast<unsigned>(blocks_x), blocks_y), threads, shared_bytes,
              static_cast<cudaStream_t>(stream)>>>(arguments);

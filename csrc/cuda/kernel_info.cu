@@ -55,7 +55,8 @@ const impure_fast::KernelInfo* impure_fast_cuda_kernels(int* count) {
 int impure_fast_cuda_blocks(int index, int threads, int shared_bytes) {
   const void* kernel = impure_fast::kernels().at(index).function;
   int blocks = -1;
-  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes) ||
+  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                           impure_fast::current_device().shared_bytes) ||
       cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared_bytes)) {
     cudaGetLastError();
     return -1;

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..draws import Draws, grid_of
-from ..model import Block, IMPure, hidden_rows, table_cells
+from ..model import Block, IMPure, hidden_rows, other_chunks, table_cells
 from ..ops import normalise_rows, patch_assemble, patch_mask, reconstruction_attention
 from ..ops.reconstruction_attention import replica_rows
 from .products import Product
@@ -144,9 +144,7 @@ class Folded:
         grids = packed[:, : 2 * k * m].view(n, 2, k, m, -1)
         _add(clean, position, grids[:, 0])
         self.hide(clean if noised is None else noised, noised is not None, position, draws, out=grids[:, 1])
-        others = torch.arange(k - 1, device=images.device).expand(k, -1)
-        others = others + (others >= torch.arange(k, device=images.device)[:, None])  # [K, K-1]: i's row lacks i
-        packed[:, 2 * k * m :] = self.head_embed(heads[:, others].flatten(2))
+        packed[:, 2 * k * m :] = self.head_embed(heads[:, other_chunks(k, images.device)].flatten(2))
         x = packed[:, replica_rows(k * m, k, images.device)].flatten(0, 1)  # [N*K, 1 + L, E]
         for b, block in enumerate(self.decoder_blocks):
             residual = x if b < len(self.decoder_blocks) - 1 else hidden_rows(x, k)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from . import _dispatch, _lib
+from .patch_mask import per_channel
 
 
 def patch_assemble(
@@ -87,7 +88,7 @@ def reference(
     if weight is not None:
         image = F.conv2d(image, weight, bias, padding=1)
     if mean is not None and std is not None:
-        image = image * image.new_tensor(std).view(3, 1, 1) + image.new_tensor(mean).view(3, 1, 1)
+        image = image * per_channel(std, image) + per_channel(mean, image)
     if clamp or to_uint8:
         image = image.clamp(0, 1)
     return (image.float() * 255).round().to(torch.uint8) if to_uint8 else image

@@ -10,6 +10,7 @@ from impure_fast.memory import kept_by
 from impure_fast.ops import _dispatch
 from impure_fast.ops._lib import OPERATORS
 
+from ..ops.common import device_of
 from .compare import compare
 from .factory import GoldenModel, golden_model
 
@@ -46,8 +47,8 @@ WISHES = [
     (vector, run, wish)
     for vector in VECTORS
     for run in ("fp32", "fp64")
-    for wish in ("auto", "cpp", "triton")
-    if wish != "triton" or (run == "fp32" and vector != "p10")
+    for wish in ("auto", "cpp", "triton", "cuda")
+    if wish not in ("triton", "cuda") or (run == "fp32" and (wish, vector) != ("triton", "p10"))
 ]
 
 
@@ -57,7 +58,8 @@ def test_operators_agree_with_the_released_code(vector, run, wish, monkeypatch):
         pytest.skip(" ".join(reasons))
     monkeypatch.setattr(_dispatch, "_last", {})
     with backend(wish):
-        rows = compare(FOLDER / f"{vector}.npz", golden_model, **RUNS[run] | OWN_TABLES.get(vector, {}))
+        options = RUNS[run] | OWN_TABLES.get(vector, {}) | {"device": device_of(wish)}
+        rows = compare(FOLDER / f"{vector}.npz", golden_model, **options)
     assert [str(row) for row in rows if row.failed] == []
     assert len(rows) >= VECTORS[vector][1]
     ran = last_backends()

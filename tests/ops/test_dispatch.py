@@ -17,6 +17,8 @@ from impure_fast.errors import BackendError
 from impure_fast.ops import _dispatch, _native
 from impure_fast.ops._lib import OPERATORS
 
+from .common import device_of
+
 X = torch.rand(1, 4, 2, 8)
 
 
@@ -133,7 +135,7 @@ def test_reasons_name_dtype_and_width():
         "It takes float32, bfloat16, float64, not float16."
     ]
     if not can_run("reconstruction_attention", "triton"):
-        wide = torch.rand(1, 4, 1, 130)
+        wide = torch.rand(1, 4, 1, 130, device=device_of("triton"))
         assert can_run("reconstruction_attention", "triton", wide, wide, wide, 1.0, 0) == [
             "It takes head widths up to 128, not 130."
         ]

@@ -24,6 +24,8 @@ def test_normals_are_philoxs(backend, seed, count):
         got = ops.noise(streams.to(device_of(backend)), seed, 5, count, backend=backend)
     assert got.dtype == torch.float32 and got.shape == (4, count)
     assert not count or (got.cpu() - want).abs().max() <= 1e-6
+    got = ops.noise(streams.to(device_of(backend)), seed, 1, count, gaussian=False, backend=backend)
+    assert torch.equal(got.cpu(), uniform(seed, streams, 1, count))
 
 
 @pytest.mark.parametrize("backend", ["reference", *SPEC.dtypes])
@@ -49,16 +51,22 @@ def test_a_stream_is_the_same_in_any_batch(backend):
     assert ops.noise(streams[:0], 3, 1, 77, backend=backend).shape == (0, 77)
 
 
-def test_a_seed_as_tensor_gives_the_same_numbers():
-    streams = torch.arange(2)
-    for seed in (9, 2**62, -3):
-        assert torch.equal(ops.noise(streams, torch.tensor(seed), 1, 9), normal(seed, streams, 1, 9))
+@pytest.mark.parametrize("backend", ["reference", *SPEC.dtypes])
+def test_a_seed_as_tensor_gives_the_same_numbers(backend):
+    need("noise", backend)
+    seeds = torch.tensor([9, 2**62, -3], device=device_of(backend))
+    streams = torch.tensor([4, 9, 2], device=device_of(backend))
+    together = ops.noise(streams, seeds, 1, 9, backend=backend)
+    for i, seed in enumerate((9, 2**62, -3)):
+        for form in (seed, seeds[i], seeds[i].cpu()):
+            assert torch.equal(ops.noise(streams, form, 1, 9, backend=backend)[i], together[i])
 
 
 @backends("noise")
 def test_opcheck(backend):
     need("noise", backend)
-    torch.library.opcheck(SPEC.overloads[backend], (torch.arange(2, device=device_of(backend)), -5, 2, 11))
+    streams = torch.arange(2, device=device_of(backend))
+    torch.library.opcheck(SPEC.overloads[backend], (streams, streams[0] - 5, 2, 11, True))
 
 
 def test_errors_name_what_was_given():

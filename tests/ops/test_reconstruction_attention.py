@@ -201,7 +201,7 @@ def test_fullgraph_compile_and_export_with_a_dynamic_batch(backend):
         def forward(self, x):
             return ops.reconstruction_attention(*x.unbind(2), chunks=3, backend=backend)
 
-    x = randn(2, 21, 3, 1, 6)
+    x = randn(2, 21, 3, 1, 6, device=device_of(backend))
     wanted = Net()(x)
     assert torch.allclose(torch.compile(Net(), fullgraph=True, backend="aot_eager")(x), wanted, atol=1e-6)
     program = torch.export.export(Net(), (x,), dynamic_shapes=({0: torch.export.Dim("n", min=1, max=64)},))
