@@ -13,7 +13,7 @@ struct NoiseProblem {
   uint32_t purpose;
   int64_t count;
   bool gaussian;  // Box-Muller on the words (0, 1) and (2, 3); else uniforms in [0, 1)
-  float* out;  // [streams, count]
+  float* out;     // [streams, count]
 };
 
 // Works off the streams [begin, end).
