@@ -1,4 +1,4 @@
-"""Fit the public IMPure to the interface of ``check.py``: no second implementation, only names and shapes."""
+"""Fit the public IMPure to the interface of ``compare``: no second implementation, only names and shapes."""
 
 from __future__ import annotations
 
@@ -84,5 +84,5 @@ NOISES = (("image_noise", "img_noise"), ("feature_noise", "feat_noise"))
 
 
 def golden_model(config: dict, state: dict[str, Tensor]) -> GoldenModel:
-    """``check.py``'s model factory; state with or without tables, the model takes its dtype and device."""
+    """``compare``'s model factory; state with or without tables, the model takes its dtype and device."""
     return GoldenModel(config, state)
