@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageFilter
 from torch import Tensor, nn
+from torchvision.transforms.v2 import Lambda
 
 from ..draws import stream_ids
 from ..errors import InputError, needs_extra
@@ -84,11 +85,11 @@ def resize_pad(images: Tensor, u: Tensor) -> Tensor:
 
 
 class Baseline(nn.Module):
-    """A function of images in the purifier's place; ``drawn`` says that it takes uniforms [N, 3] as well."""
+    """A function of images and uniforms [N, 3] in the purifier's place."""
 
-    def __init__(self, function: Callable[..., Tensor], drawn: bool = False) -> None:
+    def __init__(self, function: Callable[[Tensor, Tensor], Tensor]) -> None:
         super().__init__()
-        self.function, self.drawn = function, drawn
+        self.function = function
 
     def purify(
         self,
@@ -100,22 +101,19 @@ class Baseline(nn.Module):
         **steps: Any,
     ) -> Tensor:
         """images: [N, 3, H, W] in [0, 1]; seed and streams as in ``IMPure.purify``."""
-        if self.drawn:
-            u = uniform(seed_or_fresh(seed), stream_ids(streams, len(images), "cpu"), RESIZE_PAD, 3)
-            images = self.function(images, u)
-        else:
-            images = self.function(images)
+        u = uniform(seed_or_fresh(seed), stream_ids(streams, len(images), "cpu"), RESIZE_PAD, 3)
+        images = self.function(images, u)
         return images.clamp(0, 1) if clamp else images
 
 
 BASELINES: dict[str, Callable[[], Baseline]] = {
-    "none": lambda: Baseline(lambda images: images),
-    "jpeg75": lambda: Baseline(jpeg),
-    "bits4": lambda: Baseline(bits),
-    "blur1": lambda: Baseline(blur),
-    "median3": lambda: Baseline(median),
-    "tv0.1": lambda: Baseline(total_variation),
-    "resize-pad": lambda: Baseline(resize_pad, drawn=True),
+    "none": lambda: Baseline(lambda images, u: images),
+    "jpeg75": lambda: Baseline(lambda images, u: jpeg(images)),
+    "bits4": lambda: Baseline(lambda images, u: bits(images)),
+    "blur1": lambda: Baseline(lambda images, u: blur(images)),
+    "median3": lambda: Baseline(lambda images, u: median(images)),
+    "tv0.1": lambda: Baseline(lambda images, u: total_variation(images)),
+    "resize-pad": lambda: Baseline(resize_pad),
 }
 
 
@@ -155,7 +153,7 @@ class Defence:
     def pipeline(self, target: Target, mode: str, seed: int) -> PurifiedClassifier:
         """Defence and classifier, images in [0, 1] -> logits; mode: "random" or "deterministic"."""
         purifier: nn.Module = Padded(self.purifier, target.pad) if target.pad and self.config else self.purifier
-        model = nn.Sequential(_Function(target.pad_and_resize), target.model) if self.pad_resize else target.model
+        model = nn.Sequential(Lambda(target.pad_and_resize), target.model) if self.pad_resize else target.model
         unit: dict[str, Any] = dict(mean=(0, 0, 0), std=(1, 1, 1))
         pipeline = PurifiedClassifier(model, purifier, mode=mode, seed=seed, **unit, **self.options)
         return pipeline.to(target.device).eval()
@@ -168,16 +166,8 @@ class Defence:
             config = dataclasses.replace(purifier.config, **fields)
             purifier = copy.copy(purifier)
             purifier.config = config
-        return Defence(name, purifier, self.options, self.pad_resize if pad_resize is None else pad_resize)
-
-
-class _Function(nn.Module):
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.function(images)
+        pad_resize = self.pad_resize if pad_resize is None else pad_resize
+        return dataclasses.replace(self, name=name, purifier=purifier, pad_resize=pad_resize)
 
 
 def baseline(name: str) -> Defence:

@@ -24,8 +24,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.transforms.v2 import Resize
 
 from .. import zoo
 from ..attacks import attack
@@ -37,7 +37,7 @@ from . import checks, report, scoring
 from .analysis import Analysis
 from .defences import Defence, baseline
 from .suites import Job, Profile, Settings, jobs, purifier_name
-from .targets import Target, digest, load_pictures, load_target
+from .targets import digest, load_pictures, load_target
 
 Progress = Callable[[str, int, int], None]
 SHOWN = 4  # pictures in the report
@@ -167,7 +167,9 @@ class Evaluation:
         if job.knows == "classifier":
             return self.target.model
         if job.knows.startswith("surrogate:"):
-            return _AtOwnSide(self.surrogates[job.knows.removeprefix("surrogate:")])
+            surrogate = self.surrogates[job.knows.removeprefix("surrogate:")]
+            side = surrogate.side
+            return nn.Sequential(Resize((side, side)), surrogate.model) if side else surrogate.model
         # The frozen draws are those that are scored: the attacker knows them.
         seed = self.seed("score" if job.knows == "frozen" else "attack")
         pipeline = defence.pipeline(self.target, job.mode, seed)
@@ -388,19 +390,6 @@ def _processes() -> tuple[int, int]:
     if not dist.is_initialized():
         dist.init_process_group("gloo", timeout=timedelta(days=30))  # one may attack for hours when another is done
     return dist.get_rank(), dist.get_world_size()
-
-
-class _AtOwnSide(nn.Module):
-    """A surrogate that takes the target's pictures, resized to its own side."""
-
-    def __init__(self, surrogate: Target) -> None:
-        super().__init__()
-        self.model, self.side = surrogate.model, surrogate.side
-
-    def forward(self, images: Tensor) -> Tensor:
-        if self.side and images.shape[-1] != self.side:
-            images = F.interpolate(images, (self.side, self.side), mode="bilinear", antialias=True)
-        return self.model(images)
 
 
 @contextlib.contextmanager

@@ -92,11 +92,11 @@ class Target:
         return F.interpolate(F.pad(images, [side // 7] * 4), (side, side), mode="bilinear")
 
 
-# The authors' three (SPEC 7): library, name there, weights, short side, crop, filter, padded side, enlarged side.
-AUTHORS: dict[str, tuple[Any, ...]] = {
-    "resnet101_v2": ("torchvision", "resnet101", "IMAGENET1K_V2", 232, 224, BILINEAR, 0, 0),
-    "inceptionv3_v1": ("torchvision", "inception_v3", "IMAGENET1K_V1", 342, 299, BILINEAR, 320, 331),
-    "inceptionresnetv2_v1": ("timm", "inception_resnet_v2.tf_in1k", "tf_in1k", 333, 299, BICUBIC, 320, 331),
+# The authors' three (SPEC 7): name, padded side, enlarged side; weights and preprocessing are the library's default.
+AUTHORS = {
+    "resnet101_v2": ("torchvision:resnet101", 0, 0),
+    "inceptionv3_v1": ("torchvision:inception_v3", 320, 331),
+    "inceptionresnetv2_v1": ("timm:inception_resnet_v2.tf_in1k", 320, 331),
 }
 
 
@@ -110,7 +110,8 @@ def load_target(name: str, pretrained: bool = True) -> Target:
     pretrained: False leaves random weights.  Raises InputError, MissingFileError or MissingExtraError.
     """
     name, _, file = name.partition("=")
-    library, _, inner = name.rpartition(":")
+    where, pad, enlarge = AUTHORS.get(name, (name, 0, 0))
+    library, _, inner = where.rpartition(":")
     if lite := re.fullmatch("lite([012])", name):
         network = efficientnet_lite(int(lite[1]))
         target = Target(name, Normalised(network, LITE0_MEAN, LITE0_STD), LITE_SIZES[int(lite[1])])
@@ -123,18 +124,15 @@ def load_target(name: str, pretrained: bool = True) -> Target:
         target = _own(name)
     else:
         pretrained = pretrained and not file
-        preset = AUTHORS.get(name)
-        library, inner = preset[:2] if preset else (library, inner)
         build = _timm if library == "timm" or (not library and _knows_timm(inner)) else _torchvision
         try:
-            target = build(name, inner, preset[2] if preset else None, pretrained)
+            target = build(name, inner, pretrained)
         except (OSError, RuntimeError) as error:  # a download that fails
             raise MissingFileError(
                 f"The weights of {name} cannot be fetched ({type(error).__name__}: {str(error).splitlines()[0]}); "
                 f"give a file of them: {name}=FILE."
             ) from error
-        if preset:
-            target.resize, target.side, target.filter, target.pad, target.enlarge = preset[3:]
+        target.pad, target.enlarge = pad, enlarge
     if file:
         _load_weights(target.model, Path(file))
     target.model.eval().requires_grad_(False)
@@ -161,7 +159,7 @@ def _knows_timm(name: str) -> bool:
     return timm.is_model(name)
 
 
-def _timm(name: str, inner: str, tag: str | None, pretrained: bool) -> Target:
+def _timm(name: str, inner: str, pretrained: bool) -> Target:
     with needs_extra(name, "timm"):
         import timm
         from timm.data import resolve_model_data_config
@@ -174,7 +172,7 @@ def _timm(name: str, inner: str, tag: str | None, pretrained: bool) -> Target:
     return Target(name, Normalised(model, cfg["mean"], cfg["std"]), side, int(side / cfg["crop_pct"]), filter)
 
 
-def _torchvision(name: str, inner: str, tag: str | None, pretrained: bool) -> Target:
+def _torchvision(name: str, inner: str, pretrained: bool) -> Target:
     try:
         from torchvision.models import get_model, get_model_weights, list_models
     except ImportError as error:
@@ -184,8 +182,7 @@ def _torchvision(name: str, inner: str, tag: str | None, pretrained: bool) -> Ta
             f"There is no classifier {name!r}: it is neither lite0 to lite2, nor one of {', '.join(AUTHORS)}, nor a "
             "name of timm or torchvision, nor package.module:factory."
         )
-    known = get_model_weights(inner)
-    chosen = known[tag] if tag else known.DEFAULT
+    chosen = get_model_weights(inner).DEFAULT
     # init_weights=False: torchvision's truncated normals for this one take half a minute.
     options: dict[str, Any] = {"init_weights": False} if inner == "inception_v3" and not pretrained else {}
     model = get_model(inner, weights=chosen if pretrained else None, **options)
