@@ -73,6 +73,7 @@ class Service:
         self.batcher = Batcher(self._run, settings.batch_wait)
         self.held = 0
         self._pace = 0.0  # seconds a picture, of the last batch
+        self._lost = ""  # what the device failed with: nothing runs on it in this process any more
 
     def _run(self, kind: tuple[str, tuple[int, ...], int | None], pictures: list[Pixels]) -> list[Any]:
         """In the engine's thread: purified pictures [H, W, 3], or the answers of /classify."""
@@ -80,7 +81,11 @@ class Service:
         began = time.perf_counter()
         self.metrics.batch(len(pictures))
         images = torch.stack([torch.from_numpy(rgb) for rgb in pictures]).permute(0, 3, 1, 2)  # [N, 3, H, W]
-        purified = self.engine.purify(images, seed=seed, **self.steps).permute(0, 2, 3, 1).contiguous().numpy()
+        try:
+            purified = self.engine.purify(images, seed=seed, **self.steps).permute(0, 2, 3, 1).contiguous().numpy()
+        except torch.AcceleratorError as error:
+            self._lost = str(error).splitlines()[0]
+            raise
         results: list[Any] = list(purified)
         if route == "/classify":
             both = zip(self._classify(pictures), self._classify(results), strict=True)
@@ -144,6 +149,8 @@ class Service:
         """Raises Error where no batch can be run any more."""
         if not self.batcher.running:
             raise Error("The engine's loop has ended.")
+        if self._lost:
+            raise Error(f"The device is lost to this process: {self._lost}")
 
     async def healthz(self, request: Request) -> Response:
         self.check_health()

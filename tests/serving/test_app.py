@@ -369,6 +369,17 @@ def test_stopping_answers_what_was_accepted(weights):
         assert answers == [200] * 4
 
 
+def test_a_lost_device_is_unhealthy(weights, monkeypatch):
+    def fail(*args, **options):
+        raise torch.AcceleratorError("an illegal memory access was encountered")
+
+    with serving(model=weights) as running:
+        assert ask(running.port, "GET", "/healthz").status == 200
+        monkeypatch.setattr(running.service.engine, "purify", fail)
+        assert post(running.port, "/purify", encoded(pixels(8, 8))).status == 500
+        assert ask(running.port, "GET", "/healthz").status == 500
+
+
 def test_a_dead_loop_is_unhealthy(weights):
     with serving(model=weights) as running:
         running.service.batcher._task.get_loop().call_soon_threadsafe(running.service.batcher._task.cancel)
