@@ -6,7 +6,6 @@ import re
 import socket
 import subprocess
 import sys
-import time
 import types
 from pathlib import Path
 
@@ -578,9 +577,7 @@ try:
 finally:
     print(*{"torch", "numpy", "PIL", "timm"} & set(sys.modules), file=sys.stderr)
 """
-    began = time.perf_counter()
     ended = python(code)
-    assert time.perf_counter() - began < 3
     assert (ended.returncode, ended.stderr.strip()) == (0, "")
     for command in (
         *("purify", "serve", "demo", "app", "info", "models", "data", "convert", "export", "train"),

@@ -29,6 +29,7 @@ pytest.importorskip("torchattacks", reason="the extra attack is not installed")
 pytest.importorskip("skimage", reason="the extra evaluate is not installed")
 
 from impure_fast.evaluation import analysis, checks, defences, report, run, scoring, suites, targets
+from impure_fast.training.shards import write_tar
 
 CLASSES, SIDE = 10, 24
 
@@ -570,24 +571,16 @@ def test_synset_folders_have_imagenet_s_labels(tmp_path):
 @pytest.fixture
 def shards(tmp_path):
     """Two shards as the authors write them: clean.jpg holds PNG bytes."""
-
-    def png(array):
-        buffer = io.BytesIO()
-        Image.fromarray(array).save(buffer, "PNG")
-        return buffer.getvalue()
-
     rng = np.random.default_rng(0)
     for s in range(2):
-        with tarfile.open(tmp_path / f"{s:06d}.tar", "w") as archive:
-            for i in range(3):
-                clean = rng.integers(16, 240, (SIDE, SIDE, 3), dtype=np.uint8)
-                adversarial = clean + rng.integers(0, 9, clean.shape, dtype=np.uint8)
-                stem = f"{s}_{i}"
-                label = str(toy()(to_float(clean[None])).argmax().item()).encode()
-                for kind, content in (("adv.png", png(adversarial)), ("clean.jpg", png(clean)), ("cls", label)):
-                    member = tarfile.TarInfo(f"{stem}.{kind}")
-                    member.size = len(content)
-                    archive.addfile(member, io.BytesIO(content))
+        samples = {}
+        for i in range(3):
+            clean = rng.integers(16, 240, (SIDE, SIDE, 3), dtype=np.uint8)
+            adversarial = clean + rng.integers(0, 9, clean.shape, dtype=np.uint8)
+            label = str(toy()(to_float(clean[None])).argmax().item()).encode()
+            parts = {"adv.png": encode_png(adversarial), "clean.jpg": encode_png(clean), "cls": label}
+            samples |= {f"{s}_{i}.{kind}": content for kind, content in parts.items()}
+        write_tar(samples, tmp_path / f"{s:06d}.tar")
     return tmp_path
 
 
@@ -600,15 +593,12 @@ def test_shards_bring_their_own_attack(shards, tmp_path):
     assert given["eps"] == given["farthest"] == 8 and given["clean"]["all"]["mean"]["value"] == 100
     # Other attacks on the same pictures, evaluated into the same folder, are not taken for these.
     for path in shards_of(shards):
-        samples = dict(read_shard(path))
-        with tarfile.open(path, "w") as archive:
-            for key, parts in samples.items():
-                clean, adversarial = decode(parts["clean"]), decode(parts["adv"])
-                parts["adv"] = encode_png(clean + (adversarial - clean)[::-1])
-                for kind, content in parts.items():
-                    member = tarfile.TarInfo(f"{key}.{kind}")
-                    member.size = len(content)
-                    archive.addfile(member, io.BytesIO(content))
+        samples = {}
+        for key, parts in read_shard(path):
+            clean, adversarial = decode(parts["clean"]), decode(parts["adv"])
+            parts["adv"] = encode_png(clean + (adversarial - clean)[::-1])
+            samples |= {f"{key}.{kind}": content for kind, content in parts.items()}
+        write_tar(samples, path)
     rows = run.evaluate(settings(shards, levels=("T0",)), tmp_path / "out")["rows"]
     other = next(row for row in rows if row["attack"] == "given")
     assert other["eps"] == 8 and other["mean_loss"] != given["mean_loss"]

@@ -33,7 +33,7 @@ from impure_fast.draws import MixDraws
 from impure_fast.errors import CheckpointError, ConfigError, InputError, MissingExtraError, MissingFileError
 from impure_fast.images import PackedImages
 from impure_fast.memory import POLICIES, kept_by
-from impure_fast.ops.patch_mix import mix_mask, patch_mix
+from impure_fast.ops.patch_mix import mix_mask
 from impure_fast.training import loop
 from impure_fast.training.config import FROZEN, RECIPES, TrainConfig
 from impure_fast.training.data import Batches, adversarial_pairs, stored_pairs
@@ -643,15 +643,6 @@ def test_mixing_shows_about_one_chunk_of_the_input():
         assert torch.allclose(shares, torch.full((3,), 1 / draws.chunks), atol=2 / tokens)
         blocks = mask.view(3, 14, patch, 14, patch)
         assert torch.equal(blocks, blocks[:, :, :1, :, :1].expand_as(blocks))
-
-
-def test_mixed_pixels_come_from_the_image_the_mask_names():
-    draws = MixDraws.sample(16, 2, 5)
-    mask = mix_mask(draws, 4, 4, 4).bool().expand(2, 3, 16, 16)
-    purified, images = torch.rand(2, 2, 3, 16, 16)
-    mixed = patch_mix(purified, images, draws, 4)
-    assert torch.equal(mixed[mask], purified[mask])
-    assert torch.equal(mixed[~mask], images[~mask])
 
 
 def sharding(device, make=loop._accelerator):

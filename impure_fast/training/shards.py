@@ -80,7 +80,7 @@ def write_shards(
     for start in range(0, total, size):
         path = folder / f"{start // size:06d}.tar"
         if not path.exists():
-            write_atomically(path, partial(_write_tar, files(start)))
+            write_atomically(path, partial(write_tar, files(start)))
         with tarfile.open(path) as archive:
             kept += len(archive.getnames()) // 3
         progress(min(start + size, total), total)
@@ -104,9 +104,10 @@ def _exact(file: bytes, clean: Pixels) -> bytes:
     return encode_png(clean)
 
 
-def _write_tar(files: dict[str, bytes], path: str) -> None:
+def write_tar(files: dict[str, bytes], path: str | Path) -> None:
+    """Equal files, {name: content}, give equal bytes."""
     with tarfile.open(path, "w") as archive:
         for name, data in files.items():
-            member = tarfile.TarInfo(name)  # no time, no owner: equal pairs give equal bytes
+            member = tarfile.TarInfo(name)  # no time, no owner
             member.size = len(data)
             archive.addfile(member, io.BytesIO(data))
