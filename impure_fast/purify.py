@@ -194,8 +194,8 @@ def purify_images(
         return images.clone()
     if max_batch is not None and max_batch < 1:
         raise InputError(f"max_batch={max_batch}: must be at least 1 tile.")
-    ids = stream_ids(streams, n, "cpu")
-    if int(ids.min()) < 0 or int(ids.max()) >= 2**32:
+    ids = stream_ids(streams, n, images.device if streams is None else "cpu")
+    if streams is not None and (int(ids.min()) < 0 or int(ids.max()) >= 2**32):
         raise InputError(f"streams must be {n} integers in [0, 2**32), one an image; got {ids.tolist()[:8]}.")
     ids = ids.to(images.device)
     key = seed_or_fresh(seed)

@@ -125,7 +125,8 @@ class Engine:
         config = self.model.config.with_steps(image_step, feature_step)
         options: dict[str, Any] = dict(seed=seed_or_fresh(seed), streams=streams, draws=draws, clamp=clamp, check=check)
         result = self._on_devices(config, images, options)
-        result = result.clone()  # an inference tensor could enter no graph, such as that of a classifier's training
+        if result.is_inference():  # which could enter no graph, such as that of a classifier's training
+            result = result.clone()
         with self._lock:
             self._times.append(taken := time.perf_counter() - began)
             self._busy += taken
@@ -160,7 +161,8 @@ class Engine:
         options = options | dict(draws=draws and draws.to(device), max_batch=self.batch_sizes and self.batch_sizes[-1])
         with _plain(device):
             moved = images.to(device, non_blocking=device.type == "cuda")  # to a CPU nothing would wait for it
-            return purify_images(network, config, torch.float32, moved, drawing=drawing, **options).to(images.device)
+            result = purify_images(network, config, torch.float32, moved, drawing=drawing, **options)
+        return _moved(result, images.device)
 
     def _ready(self) -> list[tuple[Folded, Graphs | None]]:
         """The folded network of each device, a GPU's with graphs, made anew if the model's weights have changed."""
@@ -267,6 +269,16 @@ def _numbered(name: str | torch.device) -> torch.device:
     if device.type == "cuda" and device.index is None and torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
     return device
+
+
+def _moved(result: Tensor, device: torch.device) -> Tensor:
+    """On ``device``; from a GPU to the host through pinned memory, and there."""
+    if result.device.type != "cuda" or device.type != "cpu":
+        return result.to(device)
+    host = torch.empty(result.shape, dtype=result.dtype, pin_memory=True)
+    host.copy_(result, non_blocking=True)
+    torch.cuda.current_stream(result.device).synchronize()
+    return host
 
 
 @contextlib.contextmanager
