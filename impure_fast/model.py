@@ -156,9 +156,13 @@ def sincos_table(width: int, side: int) -> Tensor:
 
 
 def noise_schedule() -> tuple[Tensor, Tensor]:
-    """(a, b), each [1000]: share of the signal and of the noise at every step (SPEC 2.7)."""
+    """(a, b), each [1000]: share of the signal and of the noise at every step (SPEC 2.7).
+
+    Roots in double: those of float32 differ in their last bit between processors.
+    """
     kept = (1 - torch.linspace(0.0001, 0.02, NUM_STEPS)).cumprod(0)
-    return kept.sqrt(), (1 - kept).sqrt()
+    signal = kept.double().sqrt().float()
+    return signal, (1 - signal.double().square()).sqrt().float()
 
 
 def table_cells(config: IMPureConfig, positions: Tensor, rows: int, cols: int) -> Tensor:

@@ -97,9 +97,13 @@ def sincos_table(width: int, side: int) -> Tensor:
 
 
 def noise_schedule() -> tuple[Tensor, Tensor]:
-    """Two float32 vectors of 1000: sqrt of the cumulative product of (1 - beta), and sqrt of one minus it."""
+    """Two float32 vectors of 1000: a, the root of the cumulative product of (1 - beta), and the root of 1 - a^2.
+
+    Roots in double: torch's in float32 differ in their last bit between processors.
+    """
     kept = torch.cumprod(1.0 - torch.linspace(0.0001, 0.02, 1000), dim=0)
-    return torch.sqrt(kept), torch.sqrt(1.0 - kept)
+    a = kept.double().sqrt().float()
+    return a, (1.0 - a.double().square()).sqrt().float()
 
 
 def _generate(seed: int, stream: int, kind: str, shape: list[int], mean: float = 0.0, std: float = 1.0) -> np.ndarray:

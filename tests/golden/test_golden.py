@@ -28,8 +28,6 @@ VECTORS = {
     "p10": (35, 9),  # released widths at 224 pixels, from seeds
     "p11a": (16, 16),  # guided loss with mixing, gradients
 }
-# A vector from seeds hands over no tables, and the last bit of one's own depends on the processor.
-OWN_TABLES = {"p10": {"drop_tables": True}}
 NETWORK = {"patch_assemble", "patch_mask", "reconstruction_attention"}  # operators of every pass
 
 
@@ -37,7 +35,7 @@ NETWORK = {"patch_assemble", "patch_mask", "reconstruction_attention"}  # operat
 @pytest.mark.parametrize("vector", VECTORS)
 def test_reference_agrees_with_the_released_code(vector, run):
     with backend("reference"):
-        rows = compare(FOLDER / f"{vector}.npz", golden_model, **RUNS[run] | OWN_TABLES.get(vector, {}))
+        rows = compare(FOLDER / f"{vector}.npz", golden_model, **RUNS[run])
     assert [str(row) for row in rows if row.failed] == []
     assert len(rows) >= VECTORS[vector][0]
 
@@ -58,8 +56,7 @@ def test_operators_agree_with_the_released_code(vector, run, wish, monkeypatch):
         pytest.skip(" ".join(reasons))
     monkeypatch.setattr(_dispatch, "_last", {})
     with backend(wish):
-        options = RUNS[run] | OWN_TABLES.get(vector, {}) | {"device": device_of(wish)}
-        rows = compare(FOLDER / f"{vector}.npz", golden_model, **options)
+        rows = compare(FOLDER / f"{vector}.npz", golden_model, **RUNS[run], device=device_of(wish))
     assert [str(row) for row in rows if row.failed] == []
     assert len(rows) >= VECTORS[vector][1]
     ran = last_backends()
