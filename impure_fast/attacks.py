@@ -8,6 +8,7 @@ IMPure authors ran and no library has (``authors-*``, SPEC 7.1).  eps and step_s
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -40,13 +41,12 @@ def attack(
     images = images.contiguous()  # pyautoattack takes views of gradients, which follow the image's strides
     modes = {module: module.training for module in model.modules()}
     done = []
-    devices = [images.device] if images.is_cuda else []
     try:
-        with torch.random.fork_rng(devices=devices), torch.enable_grad():
+        with torch.random.fork_rng(), torch.enable_grad():  # of every GPU too: manual_seed reaches them all
             torch.manual_seed(seed)
             for x, y in zip(images.split(batch), labels.split(batch), strict=True):
                 attacked = function(model.eval(), x, y, eps, seed, **parameters).detach()
-                done.append((attacked * 255).round() / 255)
+                done.append(_rounded(attacked, x, eps))
                 progress(sum(map(len, done)), len(images))
     except TypeError as error:
         if "keyword" not in str(error):  # of an unexpected or a missing one
@@ -56,6 +56,14 @@ def attack(
         for module, training in modes.items():
             module.training = training
     return torch.cat(done)
+
+
+def _rounded(z: Tensor, x: Tensor, eps: float) -> Tensor:
+    """z at 8 bits; what lies in the ball round x stays in it."""
+    levels, slack = (z * 255).round(), 1e-3
+    low, high = (255 * (x - eps) - slack).ceil(), (255 * (x + eps) + slack).floor()
+    inside = ((z - x).abs() <= eps + 1e-6) & (low <= high)
+    return torch.where(inside, levels.clamp(low, high), levels) / 255
 
 
 # What the IMPure authors run, with their parameters (SPEC 7.1), for ``parse``.
@@ -72,6 +80,9 @@ AUTHORS = (
 )
 
 
+WORDS = ("loss", "starts", "version")  # the parameters that are no numbers
+
+
 def parse(text: str) -> tuple[str, dict[str, Any]]:
     """ "pgd,steps=10,step_size=4" -> ("pgd", {"steps": 10, "step_size": 4 / 255}): eps and step_size in 1/255.
 
@@ -86,7 +97,7 @@ def parse(text: str) -> tuple[str, dict[str, Any]]:
             value = json.loads(word)
         except ValueError:
             value = word
-        if not word or (key in ("eps", "step_size") and not isinstance(value, (int, float))):
+        if not word or isinstance(value, str) != (key in WORDS):
             raise InputError(f"{part!r} in {text!r} cannot be used; wanted NAME,KEY=VALUE,... as in {AUTHORS[1]}.")
         parameters[key] = value / 255 if key in ("eps", "step_size") else value
     return name, parameters
@@ -119,7 +130,37 @@ def _library() -> Any:
     return torchattacks
 
 
-_THEIR_NAMES = {"step_size": "alpha", "eot": "eot_iter", "queries": "n_queries"}
+_THEIR_NAMES = {"step_size": "alpha", "eot": "eot_iter"}
+
+
+class _Expected(nn.Module):
+    """A random model's expectation: the logarithm of the mean probability over ``eot`` calls, as logits.
+
+    Holds the graphs of all calls at once.
+    """
+
+    def __init__(self, model: nn.Module, eot: int) -> None:
+        super().__init__()
+        self.model, self.eot = model, eot
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.eot == 1:
+            return self.model(x)
+        logs = torch.stack([self.model(x).log_softmax(dim=1) for _ in range(self.eot)])
+        return logs.logsumexp(dim=0) - math.log(self.eot)
+
+
+def _square(
+    model: nn.Module, x: Tensor, y: Tensor, eps: float, seed: int, *, queries: int = 5000, eot: int = 1
+) -> Tensor:
+    """Square (torchattacks), each query the mean of ``eot`` calls.
+
+    The library would give back the clean image wherever one call by chance is right; here the best point stays.
+    """
+    library = _library().Square(_Expected(model, eot).eval(), eps=eps, n_queries=queries, seed=seed)
+    library.init_hyperparam(x)
+    torch.manual_seed(seed)
+    return library.attack_single_run(x, y)[1]
 
 
 def _from_torchattacks(kind: str, bounded: bool = True, seeded: bool = False, **fixed: Any) -> Callable[..., Tensor]:
@@ -147,24 +188,33 @@ def _autoattack(
     queries: int = 5000,
     eot: int = 20,
 ) -> Tensor:
-    """AutoAttack (pyautoattack).  The defaults are its own; fewer steps or queries are for trials."""
+    """AutoAttack (pyautoattack).  The defaults are its own; fewer steps or queries are for trials.
+
+    version "rand": APGD on the expectation over ``eot`` calls.  DLR wants three classes, its targeted form four.
+    """
     with needs_extra("AutoAttack", "attack"):
         from pyautoattack import AutoAttack
-    whole: Any = AutoAttack(model, eps=eps, version=version, device=x.device, seed=seed)
+    random = version == "rand"
+    seen = _Expected(model, eot).eval() if random else model
+    whole: Any = AutoAttack(seen, eps=eps, version=version, device=x.device, seed=seed)
     for part in (whole.apgd, whole.apgd_targeted, whole.fab):
         part.n_iter = steps
+    for part in (whole.apgd, whole.apgd_targeted):  # as the library derives them from its own 100
+        part.n_iter_2, part.n_iter_min, part.size_decr = (max(1, int(s * steps)) for s in (0.22, 0.06, 0.03))
     with torch.no_grad():
         others = model(x[:1]).shape[1] - 1
+    if others < 3:
+        whole.attacks_to_run = [name for name in whole.attacks_to_run if name != "apgd-t"]
     whole.apgd_targeted.n_target_classes = min(whole.apgd_targeted.n_target_classes, others)
     whole.fab.n_target_classes = min(whole.fab.n_target_classes, others)
     whole.square.n_queries = queries
-    if version != "rand":
+    if not random:
         return whole.run_standard_evaluation(x, y, batch_size=len(x))[0]
     # The library keeps what fooled one single call and gives the clean image back for the rest; against a random
     # defence the point of the highest expected loss is the stronger answer.
-    whole.apgd.eot_iter = eot
+    whole.apgd.eot_iter = 1
     ends = []
-    for whole.apgd.loss in ("ce", "dlr"):
+    for whole.apgd.loss in ("ce", "dlr") if others >= 2 else ("ce",):
         ends.append(whole.apgd.perturb(x, y, best_loss=True))
     return _strongest(model, ends, y, "margin", eot)
 
@@ -261,6 +311,11 @@ def _eot_pgd(
     starts: tuple[str, ...] = ("random", "image"),
 ) -> Tensor:
     """PGD on the expected loss from each start; an image keeps the end whose expected loss is highest."""
+    starts = (starts,) if isinstance(starts, str) else tuple(starts)
+    if not starts or not set(starts) <= {"random", "image"}:
+        raise InputError(f"starts={starts}: choose from random, image.")
+    if loss not in LOSSES:
+        raise InputError(f"loss={loss!r}: choose one of {', '.join(LOSSES)}.")
     options: dict[str, Any] = dict(steps=steps, step_size=step_size, loss=loss, eot=eot)
     return _strongest(model, [sign_steps(model, x, y, eps, start=start, **options) for start in starts], y, loss, eot)
 
@@ -370,7 +425,7 @@ ATTACKS: dict[str, Callable[..., Tensor]] = {
     "apgd-dlr": _from_torchattacks("APGD", seeded=True, loss="dlr"),
     "cw": _from_torchattacks("CW", bounded=False),
     "deepfool": _from_torchattacks("DeepFool", bounded=False),
-    "square": _from_torchattacks("Square", seeded=True),
+    "square": _square,
     "autoattack": _autoattack,
     "eot-pgd": _eot_pgd,
     "authors-pgd": _authors(),

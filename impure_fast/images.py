@@ -5,6 +5,7 @@ H, W: height and width.  A file is written under a temporary name in its folder 
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import secrets
@@ -313,6 +314,10 @@ class PackedImages:
 
     def __getitem__(self, i: int) -> Pixels:
         return decode(self.jpeg(i))
+
+    def digest(self) -> str:
+        """Sixteen hex digits over all pictures."""
+        return hashlib.sha256(self._jpeg.tobytes()).hexdigest()[:16]
 
     def jpeg(self, i: int) -> bytes:
         """The file of picture i."""

@@ -94,6 +94,7 @@ def finetune(
     own_modules()
     from safetensors.torch import save_file
 
+    from ..classifiers import Normalised
     from ..evaluation.targets import load_pictures, load_target
     from ..images import write_atomically
     from ..training.classifier import finetune as tune
@@ -107,6 +108,6 @@ def finetune(
             progress.update(task, completed=done, total=total, note=f"loss {loss:.3f}")
 
         tune(target, pictures, epochs=epochs, lr=lr, batch=batch, seed=seed, device=device, progress=show)
-    state = getattr(target.model, "network", target.model).state_dict()
+    state = (target.model.network if isinstance(target.model, Normalised) else target.model).state_dict()
     write_atomically(output, lambda path: save_file({k: v.cpu().contiguous() for k, v in state.items()}, path))
     typer.echo(f"fine-tuned on {len(pictures.labels)} pictures; wrote {output}")

@@ -67,9 +67,9 @@ class Analysis:
 
     def __init__(self, evaluation: Any) -> None:
         self.evaluation = evaluation
-        n = min(evaluation.settings.rung("sanity")["images"], len(evaluation.images))
-        self.clean, self.labels = evaluation.images[:n], evaluation.labels[:n]
-        self.attacked = evaluation.attacked(evaluation.example(), evaluation.defences[0])[0][:n]
+        attacked = evaluation.attacked(evaluation.example(), evaluation.defences[0])[0]
+        n = min(evaluation.settings.rung("sanity")["images"], len(attacked))
+        self.clean, self.labels, self.attacked = evaluation.images[:n], evaluation.labels[:n], attacked[:n]
         self.lpips = lpips_or_reason()
 
     def run(self) -> dict[str, Any]:

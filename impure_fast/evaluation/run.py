@@ -27,11 +27,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torchvision.transforms.v2 import Resize
 
-from .. import zoo
+from .. import __version__, zoo
 from ..attacks import attack
 from ..errors import InputError
 from ..images import write_npz
 from ..integrations.torchattacks import Attackable
+from ..model import IMPure
 from ..purify import to_bytes, to_float
 from . import checks, report, scoring
 from .analysis import Analysis
@@ -61,6 +62,8 @@ class Evaluation:
         self.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if own else s.device
         self.target = load_target(s.classifier).to(self.device)
         self.surrogates = {target.name: target.to(self.device) for target in map(load_target, s.surrogates)}
+        if len(self.surrogates) < len(s.surrogates):
+            raise InputError(f"Two surrogates have one name: {', '.join(s.surrogates)}.")
         self.pictures = load_pictures(s.data, self.target.prepare, s.images)
         self.images = self.pictures.images.to(self.device)
         self.labels = self.pictures.labels.to(self.device)
@@ -69,8 +72,12 @@ class Evaluation:
         if (most := int(self.labels.max())) >= logits.shape[1]:
             raise InputError(f"{s.data} has labels up to {most}, but {s.classifier} knows {logits.shape[1]} classes.")
         self.right = (logits.argmax(dim=1) == self.labels).cpu()  # [n] bool
+        self.classes = logits.shape[1]
+        # What every cached piece depends on beside its own parts.
         self.ids = {
             "classifier": digest(self.target.model),
+            "target": f"{self.target.name} {self.target.side} {self.target.pad} {self.target.enlarge}",
+            "version": __version__,
             "data": digest(torch.from_numpy(self.pictures.clean), self.pictures.labels),
         }
         self.defences = self._defences()
@@ -125,7 +132,8 @@ class Evaluation:
 
     def identity(self, defence: Defence) -> tuple[Any, ...]:
         """What a figure of a defence depends on."""
-        return defence.name, self.hashes[defence.name], defence.config, defence.pad_resize
+        whole = defence.purifier.config.to_dict() if isinstance(defence.purifier, IMPure) else {}
+        return defence.name, self.hashes[defence.name], defence.config, whole, defence.pad_resize
 
     def attacked(self, job: Job, defence: Defence) -> tuple[Tensor, dict[str, Any]]:
         """(adversarial images [n, 3, S, S] on the 8-bit grid, meta).  Kept where all defences share them."""
@@ -292,6 +300,8 @@ class Evaluation:
         profile, found = checks.probe(defence, self.target, self.images, self.labels, self.seed("probe"))
         self.randomised[defence.name] = profile.randomised
         todo = jobs(self.settings, profile, defended=defence.name != "none")
+        if self.classes < 3:
+            todo = [job for job in todo if job.attack != "apgd-dlr"]  # which compares three logits
         if self.pictures.adversarial is not None:
             given = np.abs(self.pictures.adversarial.astype(int) - self.pictures.clean).max()
             todo.insert(0, Job("T0", "given", float(given), "given", len(self.images)))

@@ -79,8 +79,11 @@ class Settings:
         for name in ("images", "steps", "eot", "queries", "draws", "sanity_images", "batch"):
             need(getattr(self, name) >= 1, name, "must be at least 1")
         known = {"images", "steps", "eot", "queries", "attacks"}
-        ok = set(self.rungs) <= set(LEVELS) and all(set(rung) <= known for rung in self.rungs.values())
-        need(ok, "rungs", f"maps levels ({', '.join(LEVELS)}) to {', '.join(sorted(known))}")
+        ok = set(self.rungs) <= set(LEVELS) and all(
+            isinstance(rung, dict) and set(rung) <= known and all(isinstance(n, int) and n > 0 for n in rung.values())
+            for rung in self.rungs.values()
+        )
+        need(ok, "rungs", f"maps levels ({', '.join(LEVELS)}) to numbers of at least 1: {', '.join(sorted(known))}")
 
     @classmethod
     def from_file(cls, path: str | Path | None, quick: bool = False, **changes: Any) -> Settings:
@@ -88,8 +91,8 @@ class Settings:
         values: dict[str, Any] = {}
         if path is not None:
             try:
-                values = json.loads(Path(path).read_text())
-            except (OSError, ValueError) as error:
+                values = dict(json.loads(Path(path).read_text()))
+            except (OSError, ValueError, TypeError) as error:
                 raise ConfigError(f"{path} holds no settings of an evaluation: {error}.") from error
         values = (QUICK if quick else {}) | values | changes
         return from_fields(cls, values, "settings")
@@ -217,7 +220,8 @@ def _ladder(settings: Settings, profile: Profile, defended: bool, eps: float) ->
             add(level, "apgd-dlr", knows, steps=steps)
         if level == "T4":
             add(level, "autoattack", knows, version="rand", steps=steps, eot=eot)
-    add("T5", "square", "fresh", queries=settings.rung("T5")["queries"])
+    rung = settings.rung("T5")
+    add("T5", "square", "fresh", queries=rung["queries"], eot=rung["eot"] if profile.randomised else 1)
     return found
 
 

@@ -36,10 +36,13 @@ BICUBIC, BILINEAR = Image.Resampling.BICUBIC, Image.Resampling.BILINEAR
 
 
 def digest(*parts: nn.Module | Tensor) -> str:
-    """Sixteen hex digits over the values of state dicts and tensors."""
+    """Sixteen hex digits over modules (form, parameters, all buffers) and tensors."""
     found = hashlib.sha256()
     for part in parts:
-        tensors = part.state_dict() if isinstance(part, nn.Module) else {"": part}
+        tensors: dict[str, Tensor] = {"": part} if isinstance(part, Tensor) else {}
+        if isinstance(part, nn.Module):
+            found.update(str(part).encode())
+            tensors = {**dict(part.named_parameters()), **dict(part.named_buffers())}  # normalisation is not stored
         for name, tensor in tensors.items():
             values = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
             found.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode() + values.numpy().tobytes())

@@ -43,6 +43,7 @@ def finetune(
         which = np.random.default_rng([seed, 1 << 32, epoch]).permutation(n)[place * batch : (place + 1) * batch]
         labels = pictures.labels[which].to(device)
         logits = model(_augment(to_float(pictures.clean[which]), rng).to(device))
+        logits = logits[0] if isinstance(logits, tuple) else logits  # torchvision's Inception adds its helpers'
         if int(labels.max()) >= logits.shape[1]:
             raise InputError(f"label {int(labels.max())}: {target.name} knows {logits.shape[1]} classes.")
         loss = F.cross_entropy(logits, labels)

@@ -104,6 +104,12 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
+        for name in ("steps", "save_every", "crop", "batch", "view", "pairs"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)}: must be at least 1.")
+        for name in ("seed", "workers", "clip", "held_out"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name}={getattr(self, name)}: must not be negative.")
         network, tile = self.model_config, self.tile
         if self.crop % tile or self.crop > self.view:
             raise ConfigError(f"crop={self.crop}: must be a multiple of the tile ({tile}) of at most view={self.view}.")
@@ -161,12 +167,12 @@ class TrainConfig:
         if path is not None:
             shipped = {recipe.stem: recipe for recipe in RECIPES.glob("*.json")}
             try:
-                values = json.loads(shipped.get(str(path), Path(path)).read_text())
+                values = dict(json.loads(shipped.get(str(path), Path(path)).read_text()))
             except OSError as error:
                 raise ConfigError(
                     f"{path} is no file ({error}) and no recipe: {', '.join(sorted(shipped))}."
                 ) from error
-            except ValueError as error:
+            except (ValueError, TypeError) as error:
                 raise ConfigError(f"{path} holds no training config: {error}.") from error
         return from_fields(cls, values | changes, "training fields")
 

@@ -16,7 +16,8 @@ from torch.utils.data import Dataset
 
 from ..attacks import pgd
 from ..errors import InputError
-from ..images import PackedImages, decode, find_images, random_view, read_shard, shards_of
+from ..evaluation.targets import digest
+from ..images import PackedImages, decode, find_images, random_view, read_shard, shards_of, write_text
 from ..purify import to_bytes, to_float
 
 NAMES = ("clean", "adversarial")
@@ -49,7 +50,8 @@ def adversarial_pairs(
     Each batch draws its eps uniformly and is a function of seed and batch number, so a killed run goes on.
     Results are rounded to 8 bits.  eps=(0, 0) attacks nothing, and both are the clean views, stored once.
     """
-    recipe = dict(count=count, side=side, seed=seed, eps=eps, batch=batch, images=len(images))
+    recipe = dict(count=count, side=side, seed=seed, eps=eps, batch=batch, images=len(images), data=images.digest())
+    recipe |= {"classifier": digest(classifier)} if any(eps) else {}
     store, done = _open(Path(folder), recipe, NAMES if any(eps) else NAMES[:1])
     for start in range(done, count, batch):
         stop = min(start + batch, count)
@@ -66,7 +68,7 @@ def adversarial_pairs(
             own_seed = seed * 1_000_003 + start
             attacked = pgd(classifier, x, labels, eps=size, steps=6, step_size=size / 3, seed=own_seed, batch=batch)
             store.adversarial[start:stop] = to_bytes(attacked)
-        _note(Path(folder), recipe, stop)
+        _note(Path(folder), recipe, stop, store)
         progress(stop, count)
     return store
 
@@ -99,7 +101,8 @@ def stored_pairs(
         top, left = rng.integers(height - side + 1), rng.integers(width - side + 1)
         store.clean[i], store.adversarial[i] = (x[top : top + side, left : left + side] for x in rgb)
         done = i + 1
-        _note(Path(folder), recipe, done)
+        if done % 64 == 0 or done == count:
+            _note(Path(folder), recipe, done, store)
         progress(done, count)
         if done == count:
             break
@@ -145,8 +148,12 @@ def _open(folder: Path, recipe: dict[str, Any], names: Sequence[str]) -> tuple[P
     return Pairs(arrays[0], arrays[-1]), done
 
 
-def _note(folder: Path, recipe: dict[str, Any], done: int) -> None:
-    (folder / "pairs.json").write_text(json.dumps({"recipe": recipe, "done": done}))
+def _note(folder: Path, recipe: dict[str, Any], done: int, store: Pairs) -> None:
+    """Keep how many pairs are stored, once they are."""
+    for array in (store.clean, store.adversarial):
+        if isinstance(array, np.memmap):
+            array.flush()
+    write_text(folder / "pairs.json", json.dumps({"recipe": recipe, "done": done}))
 
 
 class Batches(Dataset[tuple[list[int], Tensor, Tensor]]):

@@ -61,7 +61,7 @@ class Networks:
         cls, config: TrainConfig, classifier: nn.Module, device: str = "cpu", guide: nn.Module | None = None
     ) -> Networks:
         """The purifier as the run begins with it; ``classifier`` is attacked, and is the guide where none is given."""
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng():
             torch.manual_seed(config.seed)
             model = IMPure(config.model_config)
         if config.init is not None:
@@ -244,6 +244,11 @@ def gradients(
     return sums
 
 
+def _outlive(worker: int) -> None:
+    """A loader's process leaves SIGTERM to the training process: a group that is ended gets it everywhere."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 class _Stop:
     """Turns SIGTERM and SIGINT into a flag, so that the loop can save and leave."""
 
@@ -293,6 +298,7 @@ def train(
     log = _Log(output, start, config.tensorboard) if rank == 0 else None
     options: dict[str, Any] = dict(sampler=range(start, config.steps), batch_size=None, generator=torch.Generator())
     options |= dict(num_workers=config.workers, multiprocessing_context="fork" if config.workers else None)
+    options |= dict(worker_init_fn=_outlive)
     loader = DataLoader(Batches(pairs, config, rank, world), pin_memory=device.startswith("cuda"), **options)
     with _Stop() as stop:
         loaded = iter(loader)  # here, so that Ctrl-C does not end its workers
@@ -409,9 +415,10 @@ def _save(
     state = {"model": objective.model.state_dict(), "optimizer": optimizer.state_dict(), "average": average, **scales}
     state = recursively_apply(_whole, state)
     if rank == 0:
-        write_atomically(output / "checkpoint.pt", lambda path: torch.save({"step": step, **state}, path))
         weights = state["model"] | state["average"]
         save_safetensors(output / "model.safetensors", weights, objective.model.config, torch.float16)
+        # Last: who finds the final step here may count on the weights.
+        write_atomically(output / "checkpoint.pt", lambda path: torch.save({"step": step, **state}, path))
         plot_curves(output / "log.jsonl", output / "curves.png")
 
 
