@@ -205,6 +205,70 @@ def test_attacks_are_named_with_their_parameters():
     wanted = dict(steps=3, step_size=2 / 255, eps=8 / 255, loss="margin")
     assert parse(text) == ("eot-pgd", wanted)
     assert [parse(text)[0] for text in AUTHORS].count("authors-difgsm") == 2 and len(AUTHORS) == 9
-    for wrong in ("pgd,steps", "pgd,step_size=two"):
+    for wrong in ("pgd,steps", "pgd,step_size=two", "pgd,steps=ten", "eot-pgd,loss=3"):
         with pytest.raises(InputError, match=f"{wrong.partition(',')[2]!r} in {wrong!r} cannot be used"):
             parse(wrong)
+
+
+class Noisy(nn.Module):
+    """Decides by a linear score under noise, afresh at every call."""
+
+    def __init__(self, classes=4):
+        super().__init__()
+        weight = torch.randn(classes, 3 * 64, generator=torch.Generator().manual_seed(0))
+        self.weight = nn.Parameter(weight / 8, requires_grad=False)
+
+    def forward(self, x):
+        logits = (x.flatten(1) - 0.5) @ self.weight.T
+        return logits + torch.randn_like(logits) / 2
+
+
+@pytest.mark.parametrize("name", ["square", "autoattack"])
+def test_a_random_model_is_attacked_on_its_expectation_everywhere(name):
+    model, images = Noisy(), 0.2 + 0.6 * random_images(32, 3, 8, 8)
+    labels = ((images.flatten(1) - 0.5) @ model.weight.T).argmax(dim=1)
+    options = dict(queries=200) if name == "square" else dict(version="rand", steps=12)
+    attacked = attack(name, model, images, labels, eps=EPS, seed=0, eot=8, **options)
+    assert (attacked != images).flatten(1).any(dim=1).all()  # none is spared for a call that was right by chance
+    risen = [margin((x.flatten(1) - 0.5) @ model.weight.T, labels).mean() for x in (images, attacked)]
+    assert risen[1] > risen[0] + {"square": 0, "autoattack": 0.2}[name]  # Square sees the noise in every query
+
+
+def test_a_shortened_autoattack_still_halves_its_step(model, data, monkeypatch):
+    import pyautoattack
+
+    made = []
+
+    class Kept(pyautoattack.AutoAttack):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            made.append(self)
+
+    monkeypatch.setattr(pyautoattack, "AutoAttack", Kept)
+    run("autoattack", model, data, version="rand", steps=10, eot=1)
+    assert [(p.n_iter_2, p.n_iter_min, p.size_decr) for p in (made[0].apgd, made[0].apgd_targeted)] == [(2, 1, 1)] * 2
+
+
+@pytest.mark.parametrize("version", ["rand", "standard"])
+def test_two_classes_can_be_attacked(version):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, 2)).eval()
+    images = random_images(4, 3, 8, 8)
+    options = dict(version=version, steps=3, queries=5, eot=1)
+    assert (
+        attack("autoattack", model, images, model(images).argmax(dim=1), eps=EPS, seed=0, **options).shape
+        == images.shape
+    )
+
+
+def test_rounding_stays_in_a_ball_between_levels(model, data):
+    images, labels = data
+    for eps in (0.5 / 255, 1.5 / 255):
+        attacked = attack("pgd", model, images, labels, eps=eps, seed=0, steps=3, step_size=eps)
+        assert ((attacked - images).abs() * 255).max() <= eps * 255 + 1e-3
+
+
+@pytest.mark.parametrize("wrong", [dict(starts="anywhere"), dict(starts=()), dict(loss="dlr")])
+def test_unknown_starts_and_losses_are_named(wrong, model, data):
+    with pytest.raises(InputError, match=next(iter(wrong))):
+        run("eot-pgd", model, data, **wrong)
+    assert torch.equal(run("eot-pgd", model, data, starts="image"), run("eot-pgd", model, data, starts=("image",)))

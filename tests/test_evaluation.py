@@ -18,6 +18,7 @@ from PIL import Image
 from torch import nn
 
 from impure_fast.checkpoints import save_safetensors
+from impure_fast.classifiers import Normalised
 from impure_fast.errors import ConfigError, InputError, MissingFileError
 from impure_fast.images import decode, encode_jpeg, encode_png, read_shard, shards_of, write_image, write_packed
 from impure_fast.philox import uniform
@@ -355,6 +356,19 @@ def test_the_defaults_are_the_full_protocol_and_rungs_cut_one_level():
     assert (levels.count("T4"), levels.count("T3")) == (2, 8)
 
 
+def test_what_a_figure_depends_on_is_in_its_hash():
+    mean = ((0.5,) * 3, (0.4,) * 3)
+    first, second = (targets.digest(Normalised(toy(), m, (0.5,) * 3)) for m in mean)
+    assert first != second
+    assert targets.digest(nn.ReLU()) != targets.digest(nn.GELU())
+
+
+def test_surrogates_of_one_name_are_refused(data, tmp_path):
+    both = (f"{__name__}:toy", f"{__name__}:toy")
+    with pytest.raises(InputError, match="Two surrogates have one name"):
+        run.evaluate(settings(data, surrogates=both), tmp_path)
+
+
 def test_a_report_names_files_without_their_folders():
     purifiers = ("impure_tiny", "/e/f.safetensors", "/e/run2/model.safetensors")
     found = suites.Settings(data="/a/b.npz", classifier="net=/c/d.pth", purifiers=purifiers).told()
@@ -371,6 +385,8 @@ def test_a_report_names_files_without_their_folders():
         (dict(eps=(0,)), "eps"),
         (dict(eps=8), "eps=8: must be"),
         (dict(steps="10"), "steps='10': must be"),
+        (dict(rungs={"T4": 5}), "rungs"),
+        (dict(rungs={"T4": {"eot": 0}}), "rungs"),
         (dict(draws=0), "draws=0"),
         (dict(rungs={"T9": {}}), "rungs"),
         (dict(purifiers=(), baselines=()), "nothing to evaluate"),
@@ -414,8 +430,8 @@ def test_sign_test_is_one_sided_and_paired():
 
 def test_paired_differences_have_the_interval_of_the_differences():
     a, b = torch.tensor([0.0, 0, 0, 1]), torch.tensor([1.0, 1, 0, 1])
-    assert scoring.difference(a, b) == {"value": 50.0, "low": -6.58, "high": 106.58}  # 0.5 +- 1.96 x 0.577 / 2
-    assert scoring.difference(a, a) == {"value": 0.0, "low": 0.0, "high": 0.0}
+    assert scoring.difference(a, b) == {"value": 50.0, "low": -6.58, "high": 100.0}  # 0.5 +- 1.96 x 0.577 / 2
+    assert scoring.difference(a, a) == {"value": 0.0, "low": -48.99, "high": 48.99}  # as Wilson's for 0 of 4
 
 
 def test_two_purifiers_are_compared_image_by_image(data, tmp_path, monkeypatch):
@@ -666,7 +682,7 @@ def test_the_quick_protocol_asks_for_a_bounded_number_of_gradients():
 def views(tmp_path_factory):
     """Views of scikit-image's photographs, packed, with the packaged classifier's labels."""
     demo = pytest.importorskip("impure_fast.demo")
-    from impure_fast.classifiers import LITE0_MEAN, LITE0_STD, Normalised, efficientnet_lite
+    from impure_fast.classifiers import LITE0_MEAN, LITE0_STD, efficientnet_lite
     from impure_fast.purify import to_bytes
 
     found = demo.photograph_views(Normalised(efficientnet_lite(0), LITE0_MEAN, LITE0_STD).eval(), 4)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import multiprocessing
 import os
 import signal
 import socket
@@ -257,6 +258,35 @@ def test_what_accelerate_cannot_do_here_is_refused(settings, packed, classifier,
 def test_a_loss_that_is_not_finite_stops_the_run(settings, packed, classifier, tmp_path):
     with pytest.raises(Error, match=r"The loss is nan at step 0, pairs \[\d, \d\]: "):
         train(dataclasses.replace(settings, pixel_weight=float("nan")), packed, tmp_path / "run", classifier)
+
+
+def test_the_weights_are_written_before_the_step_that_promises_them(
+    settings, packed, classifier, tmp_path, monkeypatch
+):
+    def full(path, write):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(loop, "write_atomically", full)  # of the checkpoint alone
+    with pytest.raises(OSError, match="no space left"):
+        train(dataclasses.replace(settings, steps=1, save_every=1), packed, tmp_path / "run", classifier)
+    assert (tmp_path / "run" / "model.safetensors").exists() and not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+def test_other_pictures_are_no_continuation(settings, packed, classifier, tmp_path):
+    options = dict(count=4, side=24, seed=0)
+    images = PackedImages(packed)
+    adversarial_pairs(tmp_path, images, classifier, **options)
+    images._jpeg = images._jpeg.copy()
+    images._jpeg[-1] ^= 1
+    with pytest.raises(InputError, match="pairs of another recipe"):
+        adversarial_pairs(tmp_path, images, classifier, **options)
+
+
+def test_a_loaders_process_outlives_sigterm():
+    process = multiprocessing.get_context("fork").Process(target=lambda: (loop._outlive(0), os.kill(os.getpid(), 15)))
+    process.start()
+    process.join(10)
+    assert process.exitcode == 0
 
 
 def test_missing_and_foreign_data_are_named(tmp_path):

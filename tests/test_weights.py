@@ -132,7 +132,9 @@ def test_the_results_page_has_the_unseen_classifiers_figures(path):
         assert f"| {name} | {' | '.join(format(x['all']['mean']['value'], '.1f') for x in figures)} |" in page
 
 
-@pytest.mark.parametrize("path", sorted(RESULTS.glob("*-ladder-*.json")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted([*RESULTS.glob("*-ladder-*.json"), *RESULTS.glob("*-autoattack-*.json")]), ids=lambda path: path.stem
+)
 def test_the_results_page_has_every_ladder(path):
     results = json.loads(path.read_text())
     page = (ROOT / "docs" / "explained" / "results.md").read_text()
