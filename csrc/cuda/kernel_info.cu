@@ -6,6 +6,7 @@
 #include "common/kernel_info.h"
 #include "cuda/attention_backward.h"
 #include "cuda/attention_forward.h"
+#include "cuda/device.cuh"
 
 namespace impure_fast {
 namespace {

@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torchvision.transforms.v2 import Resize
 
-from .. import __version__, zoo
+from .. import zoo
 from ..attacks import attack
 from ..errors import InputError
 from ..images import write_npz
@@ -77,7 +77,7 @@ class Evaluation:
         self.ids = {
             "classifier": digest(self.target.model),
             "target": f"{self.target.name} {self.target.side} {self.target.pad} {self.target.enlarge}",
-            "version": __version__,
+            "version": str(versions().get("impure-fast")),
             "data": digest(torch.from_numpy(self.pictures.clean), self.pictures.labels),
         }
         self.defences = self._defences()
