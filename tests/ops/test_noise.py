@@ -32,12 +32,13 @@ def test_normals_are_philoxs(backend, seed, count):
 def test_a_million_numbers_lie_within_2e_6_of_the_exact_ones(backend):
     """The largest radii, the smallest, every part of the circle; truth: the same formula in fp64."""
     need("noise", backend)
-    streams = torch.arange(4)
-    u = uniform(1, streams, 3, 250_000).double().view(4, -1, 2)
+    interpreted = backend == "triton" and device_of(backend) == "cpu"  # which takes 20 s for the million
+    streams, count = torch.arange(4), 25_000 if interpreted else 250_000
+    u = uniform(1, streams, 3, count).double().view(4, -1, 2)
     radius, angle = (-2 * torch.log1p(-u[..., 0])).sqrt(), 2 * torch.pi * u[..., 1]
     truth = torch.stack((radius * angle.cos(), radius * angle.sin()), dim=2).flatten(1)
-    got = ops.noise(streams.to(device_of(backend)), 1, 3, 250_000, backend=backend)
-    assert truth.abs().max() > 4.5 and (got.cpu().double() - truth).abs().max() <= 2e-6
+    got = ops.noise(streams.to(device_of(backend)), 1, 3, count, backend=backend)
+    assert truth.abs().max() > (4 if interpreted else 4.5) and (got.cpu().double() - truth).abs().max() <= 2e-6
 
 
 @backends("noise")
