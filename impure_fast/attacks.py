@@ -8,7 +8,6 @@ IMPure authors ran and no library has (``authors-*``, SPEC 7.1).  eps and step_s
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import InputError, needs_extra
+from .purify import expected_logits
 
 
 def attack(
@@ -134,10 +134,7 @@ _THEIR_NAMES = {"step_size": "alpha", "eot": "eot_iter"}
 
 
 class _Expected(nn.Module):
-    """A random model's expectation: the logarithm of the mean probability over ``eot`` calls, as logits.
-
-    Holds the graphs of all calls at once.
-    """
+    """A random model's expectation over ``eot`` calls, whose graphs it holds at once."""
 
     def __init__(self, model: nn.Module, eot: int) -> None:
         super().__init__()
@@ -146,8 +143,7 @@ class _Expected(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.eot == 1:
             return self.model(x)
-        logs = torch.stack([self.model(x).log_softmax(dim=1) for _ in range(self.eot)])
-        return logs.logsumexp(dim=0) - math.log(self.eot)
+        return expected_logits(torch.stack([self.model(x) for _ in range(self.eot)]))
 
 
 def _square(

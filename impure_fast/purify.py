@@ -243,6 +243,11 @@ class _PassThroughClamp(torch.autograd.Function):
         return grad
 
 
+def expected_logits(logits: Tensor) -> Tensor:
+    """[K, N, C] of K calls -> [N, C]: logarithm of the mean probability; any attack becomes one on the expectation."""
+    return logits.log_softmax(dim=2).logsumexp(dim=0) - math.log(len(logits))
+
+
 class PurifiedClassifier(nn.Module):
     """A purifier in front of a classifier: images in [0, 1] -> logits.
 

@@ -90,7 +90,8 @@ class Graphs:
     def __call__(self, config: IMPureConfig, tiles: Tensor, seed: Seed, streams: Tensor) -> Tensor:
         """tiles: [B, 3, h, w] float32 in [0, 1], streams: [B] int64, both on the GPU -> purified tiles."""
         n = len(tiles)
-        size = next(s for s in self.sizes or itertools.count(n) if s >= n and (self.sizes or s == even_batch(s)))
+        sizes = self.sizes or (s for s in itertools.count(n) if s == even_batch(s))
+        size = next(s for s in sizes if s >= n)
         key = (size, *tiles.shape[2:], config.image_step, config.feature_step, wished())
         out = torch.empty_like(tiles)  # of the caller's stream, which may outlive the next replay
         with self._lock, self.cuda.aside():

@@ -5,13 +5,11 @@ For torchattacks, AutoAttack, foolbox and ``impure_fast.attacks``.  Give these l
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..purify import PurifiedClassifier
+from ..purify import PurifiedClassifier, expected_logits
 
 GRADIENTS = ("exact", "identity")
 
@@ -44,9 +42,7 @@ class Attackable(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """images: [N, 3, H, W] in [0, 1] -> logits [N, classes]."""
         logits = self._logits(images.repeat(self.eot, 1, 1, 1))
-        if self.eot == 1:
-            return logits
-        return logits.log_softmax(dim=1).unflatten(0, (self.eot, -1)).logsumexp(dim=0) - math.log(self.eot)
+        return logits if self.eot == 1 else expected_logits(logits.unflatten(0, (self.eot, -1)))
 
     def _logits(self, images: Tensor) -> Tensor:
         if self.gradient == "exact":
