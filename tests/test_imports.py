@@ -105,6 +105,13 @@ def test_import_stays_light(name):
     assert (run.stdout.split(), run.stderr) == ([], "")
 
 
+def test_extras_are_asked_for_where_they_are_used():
+    names = ("torchvision", "timm", "torchattacks", "lpips", "skimage", "matplotlib")
+    code = f"import sys; sys.modules |= dict.fromkeys({names}); import impure_fast.demo, impure_fast.evaluation.run"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (run.returncode, run.stderr) == (0, "")
+
+
 def test_public_names_resolve_and_are_listed():
     for name in impure_fast.__all__:
         assert getattr(impure_fast, name) is not None

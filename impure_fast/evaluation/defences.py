@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageFilter
 from torch import Tensor, nn
-from torchvision.transforms.v2 import Lambda
 
 from ..draws import stream_ids
 from ..errors import InputError, needs_extra
@@ -153,7 +152,11 @@ class Defence:
     def pipeline(self, target: Target, mode: str, seed: int) -> PurifiedClassifier:
         """Defence and classifier, images in [0, 1] -> logits; mode: "random" or "deterministic"."""
         purifier: nn.Module = Padded(self.purifier, target.pad) if target.pad and self.config else self.purifier
-        model = nn.Sequential(Lambda(target.pad_and_resize), target.model) if self.pad_resize else target.model
+        model = target.model
+        if self.pad_resize:
+            from torchvision.transforms.v2 import Lambda
+
+            model = nn.Sequential(Lambda(target.pad_and_resize), model)
         unit: dict[str, Any] = dict(mean=(0, 0, 0), std=(1, 1, 1))
         pipeline = PurifiedClassifier(model, purifier, mode=mode, seed=seed, **unit, **self.options)
         return pipeline.to(target.device).eval()

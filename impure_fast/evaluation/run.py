@@ -25,7 +25,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torchvision.transforms.v2 import Resize
 
 from .. import zoo
 from ..attacks import attack
@@ -175,6 +174,8 @@ class Evaluation:
         if job.knows == "classifier":
             return self.target.model
         if job.knows.startswith("surrogate:"):
+            from torchvision.transforms.v2 import Resize
+
             surrogate = self.surrogates[job.knows.removeprefix("surrogate:")]
             side = surrogate.side
             return nn.Sequential(Resize((side, side)), surrogate.model) if side else surrogate.model
