@@ -28,7 +28,7 @@ demo: $(STAMP) ## attack a classifier and defend it: demo.json, demo.png
 	$(BIN)/impure-fast demo --json demo.json --output demo.png
 
 test: $(STAMP) ## run the tests
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n logical --maxprocesses 4 --dist loadfile
 
 test-slow: $(STAMP) ## run the slow tests
 	$(BIN)/python -m pytest -q -m slow
@@ -41,10 +41,10 @@ test-wheel: $(STAMP) ## build sdist and wheel, test the wheel outside the tree o
 	$(BIN)/python -m twine check --strict build/dist/*
 	test -x build/oldest/bin/python || $(PYTHON) -m venv build/oldest
 	build/oldest/bin/python -m pip install --quiet --upgrade pip
-	build/oldest/bin/python -m pip install --quiet "torch==2.11.*" "numpy<2.3" pytest build/dist/*.whl
+	build/oldest/bin/python -m pip install --quiet "torch==2.11.*" "numpy<2.3" pytest pytest-xdist build/dist/*.whl
 	build/oldest/bin/python -m pip install --quiet --force-reinstall --no-deps build/dist/*.whl
 	mkdir build/away && cp -r tests build/away
-	cd build/away && ../oldest/bin/python -m pytest -q tests/ops tests/golden tests/test_engine.py
+	cd build/away && ../oldest/bin/python -m pytest -q -n 2 --dist loadfile tests/ops tests/golden tests/test_engine.py
 
 newcomer: $(STAMP) ## time a newcomer's way, from pip install of the wheel to a purified picture
 	rm -rf build/newcomer

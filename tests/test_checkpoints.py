@@ -430,6 +430,12 @@ def test_contents_that_are_no_state_dict_are_refused(tmp_path, kind):
         load_official(tmp_path / "odd.pth")
 
 
+def test_the_state_of_a_training_run_names_the_weights_beside_it(tmp_path):
+    torch.save({"step": 3, "model": {"x": torch.zeros(1)}, "optimizer": {}, "average": {}}, tmp_path / "checkpoint.pt")
+    with pytest.raises(CheckpointError, match=r"checkpoint.pt is the state of a training run .* model.safetensors"):
+        load_official(tmp_path / "checkpoint.pt")
+
+
 def test_given_dict_that_is_no_state_dict_is_refused():
     with pytest.raises(CheckpointError, match="the given state dict is no checkpoint"):
         load_official({"epoch": 3})

@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_leaves
 
 from impure_fast import Error, IMPure, IMPureConfig, PurifiedClassifier
 from impure_fast import config as config_module
+from impure_fast.checkpoints import save_safetensors
 from impure_fast.classifiers import Normalised
 from impure_fast.draws import MixDraws
 from impure_fast.errors import CheckpointError, ConfigError, InputError, MissingExtraError, MissingFileError
@@ -377,6 +378,12 @@ def test_guide_features_are_the_modules_outputs(normed):
     torch.testing.assert_close(features["bn2"], normed.bn2(normed.conv2(normed.act(first))))
 
 
+def test_a_guide_takes_the_runs_pictures_alone(settings):
+    network = nn.Sequential(nn.Conv2d(3, 4, 3, 2), nn.Flatten(), nn.Linear(4 * 15 * 15, 5))  # 32 pixels, no other
+    nodes = dict(guide_nodes=("0", "2"), guide_weights=(1.0, 1.0))
+    assert Networks.make(dataclasses.replace(settings, **nodes), network).guide.nodes == ("0", "2")
+
+
 def test_a_guide_leaves_after_its_last_node(normed):
     guide = Guide(normed, ["act", "bn1"])
     before = guide.network.heads
@@ -604,7 +611,12 @@ def test_pre_training_draws_a_crop_for_each_step_and_attacks_nothing(settings, p
 @pytest.mark.parametrize("half", FROZEN)
 def test_a_frozen_half_keeps_its_weights(settings, packed, classifier, tmp_path, half):
     settings = dataclasses.replace(settings, freeze=half, steps=2)
-    before = Networks.make(settings, classifier).model.state_dict()
+    with pytest.raises(ConfigError, match=f"freeze='{half}': needs init"):
+        train(settings, packed, tmp_path / "run", classifier)
+    model = Networks.make(settings, classifier).model
+    before = model.state_dict()
+    save_safetensors(tmp_path / "init.safetensors", before, model.config)
+    settings = dataclasses.replace(settings, init=str(tmp_path / "init.safetensors"))
     train(settings, packed, tmp_path / "run", classifier)
     still = {name for name, value in weights(tmp_path / "run").items() if torch.equal(value, before[name])}
     mask_token = {"mask_token"}  # nothing reads it where noise hides

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .common import Device, check_device, check_free, own_modules, progress_bar
+from .common import Device, check_device, check_free, own_modules, progress_bar, say
 
 
 def train(
@@ -68,10 +68,10 @@ def train(
             progress.update(tasks[phase], completed=done, note=note)
 
         finished = loop.train(settings, data, output, progress=show, **networks)
-    if finished:
-        typer.echo(f"trained; the weights are {output / 'model.safetensors'}")
-    else:
-        typer.echo(f"interrupted and saved in {output}; the same command goes on from there.")
+    if not finished:
+        say(f"interrupted and saved in {output}; the same command goes on from there.", "red")
+        raise typer.Exit(130)
+    typer.echo(f"trained; the weights are {output / 'model.safetensors'}")
 
 
 def finetune(

@@ -13,8 +13,6 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..errors import ConfigError
 
-PROBE = 224  # side of the picture by which the order of the modules is found
-
 
 class _EnoughError(Exception):
     """Leaves the network once every node has given its features."""
@@ -26,16 +24,17 @@ class Guide:
     network: takes [0, 1] images (``classifiers.Normalised``).  It is copied, frozen and put in eval mode, and batch
         norms join the convolutions before them, whose outputs backward then does without.
     nodes: dotted names of its modules.  Hooks, because timm's padding layers cannot be traced into a shorter network.
+    side: of the pictures to come; one of zeros finds the order of the modules.
     Raises ConfigError for a node that is no module, or that is never called.
     """
 
-    def __init__(self, network: nn.Module, nodes: Sequence[str]) -> None:
+    def __init__(self, network: nn.Module, nodes: Sequence[str], side: int = 224) -> None:
         self.nodes, self._features = tuple(nodes), dict[str, Tensor]()
         self.network = copy.deepcopy(network).eval().requires_grad_(False)
         modules = dict(self.network.named_modules())
         if missing := [node for node in nodes if node not in modules]:
             raise ConfigError(f"guide_nodes {missing} are no modules of the guide network.")
-        _fold(self.network, nodes)
+        _fold(self.network, nodes, side)
         modules |= dict(self.network.named_modules())  # a batch norm's place may hold its activation now
         for node in nodes:
             modules[node].register_forward_hook(self._keep(node))
@@ -60,7 +59,7 @@ class Guide:
         return {node: features[node] for node in self.nodes}
 
 
-def _fold(network: nn.Module, nodes: Sequence[str]) -> None:
+def _fold(network: nn.Module, nodes: Sequence[str], side: int) -> None:
     """Join batch norms to the convolutions whose outputs they take; convolutions among ``nodes`` stay."""
     names = {module: name for name, module in network.named_modules()}
     made: dict[int, nn.Conv2d] = {}
@@ -81,7 +80,7 @@ def _fold(network: nn.Module, nodes: Sequence[str]) -> None:
     hooks += [m.register_forward_pre_hook(normed) for m in names if isinstance(m, nn.BatchNorm2d)]
     device = next((p.device for p in network.parameters()), None)
     with torch.no_grad():
-        network(torch.zeros(1, 3, PROBE, PROBE, device=device))
+        network(torch.zeros(1, 3, side, side, device=device))
     for hook in hooks:
         hook.remove()
     once = [pair for pair in pairs if sum(pair[0] is c or pair[1] is b for c, b in pairs) == 1]

@@ -73,7 +73,8 @@ class Networks:
         seen = (guide or classifier).to(device)
         nodes = [f"network.{node}" if isinstance(seen, Normalised) else node for node in config.guide_nodes]
         lpips = lpips_network(config.lpips_trunk).to(device) if config.lpips else None
-        return cls(model, Guide(seen, nodes) if nodes else None, lpips, classifier if config.attack_steps else None)
+        judge = Guide(seen, nodes, config.at(0).crop) if nodes else None
+        return cls(model, judge, lpips, classifier if config.attack_steps else None)
 
     def judges(self) -> dict[str, nn.Module]:
         """{"guide": module, "lpips": module}, those that there are."""
@@ -290,6 +291,8 @@ def train(
         raise ConfigError(f"batch={odd[0]}: must be a multiple of {world} processes x accumulate={config.accumulate}.")
     if accelerator.is_fsdp2 and config.optimizer == "adamw8bit":
         raise ConfigError("optimizer='adamw8bit': FSDP shards moments already; use adamw with it, or DDP.")
+    if config.freeze and config.init is None:
+        raise ConfigError(f"freeze={config.freeze!r}: needs init, a file of the weights that are to stay.")
     pairs = _prepare(config, data, output, classifier, progress, accelerator, device)
     objective = Objective(Networks.make(config, classifier, device, guide), config)
     wrapped, optimizer = accelerator.prepare(objective, make_optimizer(objective, config))

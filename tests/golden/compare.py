@@ -96,16 +96,6 @@ def sincos_table(width: int, side: int) -> Tensor:
     return torch.from_numpy(np.concatenate([np.zeros((1, width)), cells])[None].astype(np.float32))
 
 
-def noise_schedule() -> tuple[Tensor, Tensor]:
-    """Two float32 vectors of 1000: a, the root of the cumulative product of (1 - beta), and the root of 1 - a^2.
-
-    Roots in double: torch's in float32 differ in their last bit between processors.
-    """
-    kept = torch.cumprod(1.0 - torch.linspace(0.0001, 0.02, 1000), dim=0)
-    a = kept.double().sqrt().float()
-    return a, (1.0 - a.double().square()).sqrt().float()
-
-
 def _generate(seed: int, stream: int, kind: str, shape: list[int], mean: float = 0.0, std: float = 1.0) -> np.ndarray:
     generator = np.random.Generator(np.random.PCG64([seed, stream]))
     if kind == "random":
@@ -131,16 +121,10 @@ def _add_seeded(vector: Vector, npz: Any) -> None:
         if not (starts_alike and abs(values.sum(dtype=np.float64) - total) < 1e-3):
             raise RuntimeError(f"This numpy makes other values for {name}; the seeded vector cannot be used.")
     side = 2 * config["img_size"] // config["patch_size"]
-    tables = (
-        sincos_table(config["embed_dim"], side),
-        sincos_table(config["decoder_embed_dim"], side),
-        *noise_schedule(),
-    )
     vector.state = {name: torch.from_numpy(value) for name, value in weights.items()}
-    vector.state |= dict(zip(TABLES, tables, strict=True))
-    for key in npz.files:
-        head, _, name = key.partition("/")
-        if head == "table_sum" and abs(vector.state[name].double().sum().item() - npz[key][0]) > 1e-2:
+    for name, width in (("pos_embed", config["embed_dim"]), ("decoder_pos_embed", config["decoder_embed_dim"])):
+        vector.state[name] = sincos_table(width, side)
+        if abs(vector.state[name].double().sum().item() - npz[f"table_sum/{name}"][0]) > 1e-2:
             raise RuntimeError(f"Table {name} differs from the reference table.")
     vector.images = torch.from_numpy(others.pop("image"))
     vector.draw |= {name: torch.from_numpy(value) for name, value in others.items()}
