@@ -128,7 +128,7 @@ def split_official(content: Any, source: str) -> tuple[dict[str, Any], dict[str,
     """The options (may be empty) and the state dict of an already loaded checkpoint."""
     options: dict[str, Any] = {}
     if isinstance(content, dict) and "average" in content:
-        raise CheckpointError(f"{source} is the state of a training run here; its weights are {WEIGHTS_FILE} beside it.")
+        raise CheckpointError(f"{source} is the state of a training run; its weights are {WEIGHTS_FILE} beside it.")
     if isinstance(content, dict) and isinstance(content.get("model"), dict):
         args = content.get("args")
         args = vars(args) if isinstance(args, argparse.Namespace) else args

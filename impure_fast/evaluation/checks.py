@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..attacks import expected_gradient, margin
 from .defences import Defence
@@ -68,16 +68,38 @@ def probe(
         errors = []
         with torch.no_grad():
             for h in LENGTHS:
-                up, down = (margin(pipeline(inner + sign * h * direction), y) for sign in (1, -1))
-                errors.append(((up - down) / (2 * h) - length).abs() / unit)
+                errors.append((_slope(pipeline, inner, y, h * direction) / h - length).abs() / unit)
         error = float(torch.stack(errors).amin(dim=0)[length > 0].median())
         says = f"relative error against central differences {error:.1e} (limit {GRADIENT_ERROR:.0e})"
         found.append(finding(name, error <= GRADIENT_ERROR, says))
+        found.append(_cut(pipeline, target, inner, y, gradient))
     else:
         found.append(finding(name, None, "the deterministic mode is none" if differentiable else "there is none"))
     if differentiable:
         found.append(_along(defence, target, x, y, seed))
     return Profile(spread("random", (seed, seed + 1, seed + 2)) > SAME, differentiable), found
+
+
+def _cut(pipeline: nn.Module, target: Target, x: Tensor, y: Tensor, gradient: Tensor) -> dict[str, Any]:
+    """Whether the pixels that have no gradient have no effect: moved as the bare classifier's gradient says."""
+    dead = gradient == 0
+    _, hint = expected_gradient(target.model, x, y, loss="margin")
+    direction = F.normalize((hint * dead).flatten(1), dim=1).view_as(x)
+    with torch.no_grad():
+        slopes = [_slope(pipeline, x, y, h * direction) / h for h in LENGTHS]
+    unit = gradient.flatten(1).norm(dim=1).clamp_min(1e-30)
+    share = float((torch.stack(slopes).abs().amin(dim=0) / unit).max())
+    says = (
+        f"{100 * float(dead.double().mean()):.1f} % of the values have none, and along them the loss rises {share:.1e} "
+        f"times as steeply as along the gradient (limit {GRADIENT_ERROR:.0e})"
+    )
+    return finding("no pixel is cut from the gradient", share <= GRADIENT_ERROR, says)
+
+
+def _slope(pipeline: nn.Module, x: Tensor, y: Tensor, step: Tensor) -> Tensor:
+    """Central difference of the margin [n] over one step."""
+    up, down = (margin(pipeline(x + sign * step), y) for sign in (1, -1))
+    return (up - down) / 2
 
 
 def _along(defence: Defence, target: Target, x: Tensor, y: Tensor, seed: int, size: float = 1 / 255) -> dict[str, Any]:
@@ -94,9 +116,10 @@ def _along(defence: Defence, target: Target, x: Tensor, y: Tensor, seed: int, si
 
 @dataclass
 class Left:
-    """What one attack left of one defence: each rule's values [n], the loss [n], and the row that reports it."""
+    """What one attack left of one defence: decisions [N, n], each rule's values [n], the loss [n], and its row."""
 
     job: Job
+    decisions: Tensor
     values: dict[str, Tensor]
     loss: Tensor
     row: dict[str, Any] = field(default_factory=dict)

@@ -237,7 +237,8 @@ class Evaluation:
         """What one attack leaves of one defence, with its row."""
         n = self.count(job)
         found = self.scored(job, defence, n, job.mode)
-        values = scoring.per_image(torch.from_numpy(found["decisions"]), self.labels[:n])
+        decisions = torch.from_numpy(found["decisions"])
+        values = scoring.per_image(decisions, self.labels[:n])
         loss, meta = torch.from_numpy(found["loss"]), found["meta"]
         row = self.base(job, defence) | {
             **job.described(),
@@ -251,12 +252,12 @@ class Evaluation:
         }
         if meta["farthest"] > job.eps + 0.01:
             row["flags"].append(f"leaves the ball: {meta['farthest']:g}/255")
-        return checks.Left(job, values, loss, row)
+        return checks.Left(job, decisions, values, loss, row)
 
     def strongest(self, group: list[checks.Left], defence: Defence) -> dict[str, Any]:
         """The row of an attacker who takes, for each image, the best of a level's attacks."""
         job, row = group[0].job, group[0].row
-        values = {rule: torch.stack([a.values[rule] for a in group]).amin(dim=0) for rule in scoring.RULES}
+        values = self._best(group)
         return self.base(job, defence) | {
             "attack": "strongest per image",
             "knows": job.knows,
@@ -265,6 +266,10 @@ class Evaluation:
             "adversarial": self._figures(values),
             **{name: row[name] for name in ("device", "versions")},
         }
+
+    def _best(self, group: Sequence[checks.Left]) -> dict[str, Tensor]:
+        labels = self.labels[: group[0].decisions.shape[1]]
+        return scoring.per_image(scoring.strongest([a.decisions for a in group], labels), labels)
 
     def run(self) -> dict[str, Any]:
         """Everything; returns the results and writes the three files of the report.
@@ -359,7 +364,7 @@ class Evaluation:
                 if job in jobs_b and job.level != "sanity" and pa.allows(job) and pb.allows(job):
                     groups.setdefault((job.level, job.eps), []).append(job)
             for (level, eps), group in groups.items():
-                left = [torch.stack([self.left(job, d).values["mean"] for job in group]).amin(dim=0) for d in (a, b)]
+                left = [self._best([self.left(job, d) for job in group])["mean"] for d in (a, b)]
                 gain = scoring.difference(*left)
                 row = dict(level=level, eps=eps, attacks=len(group), images=len(left[0]), gain=gain)
                 found.append({"from": a.name, "to": b.name, **row})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -41,6 +42,21 @@ def per_image(decisions: Tensor, labels: Tensor) -> dict[str, Tensor]:
         "worst": right.all(dim=0).double(),
         "majority": (own[:, 0] > rivals).double(),
     }
+
+
+def strongest(decisions: Sequence[Tensor], labels: Tensor) -> Tensor:
+    """Several attacks' decisions [N, n] -> those of the attack that leaves least of each image [N, n].
+
+    Each half of the draws is shown by the attack that the other half chooses: a draw that chose would look worse than
+    it is.  A single draw chooses for itself, as it does for a deterministic pipeline.
+    """
+    stacked = torch.stack(list(decisions))  # [attacks, N, n]
+    right = (stacked == labels.cpu()).double()
+    n, places = stacked.shape[1], torch.arange(stacked.shape[2])
+    half = n // 2
+    pairs = [(slice(half, n), slice(half)), (slice(half), slice(half, n))] if half else [(slice(n), slice(n))]
+    shown = [stacked[right[:, chooses].mean(dim=1).argmin(dim=0), :, places].T[shows] for chooses, shows in pairs]
+    return torch.cat(shown)
 
 
 def wilson(share: float, n: int) -> tuple[float, float]:

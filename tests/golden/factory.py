@@ -28,8 +28,8 @@ class GoldenModel:
         device = next(iter(state.values())).device
         self.model = IMPure(self.config).to(device, dtype).train(options["training"])
         self.model.load_state_dict(state)
-        # Tables as the release had them when the vector was made.  Of a vector from seeds the schedule was not kept, and
-        # float32 roots differ in their last bit between processors: there the model's own is what is compared.
+        # The tables that the vector was made with.  One from seeds did not keep its schedule, and float32 roots differ
+        # in their last bit between processors: there the model's own is compared.
         for name in TABLES[:2] if "seeds" in options else TABLES:
             if name in state:
                 getattr(self.model, name).copy_(state[name])
