@@ -2,7 +2,8 @@
 
 python examples/train_on_folder.py FOLDER RUN [STEPS]
 
-As commands: impure-fast data FOLDER -o RUN/photographs.npz
+As commands, but for the small settings below (a JSON file for --config):
+             impure-fast data FOLDER -o RUN/photographs.npz
              impure-fast train --data RUN/photographs.npz -o RUN --steps STEPS
              impure-fast purify FOLDER/first.jpg -o RUN/first.png --model RUN/model.safetensors
 A run that was stopped goes on by the same command.  The shipped weights' own recipes: impure_fast/training/recipes.

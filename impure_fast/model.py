@@ -459,7 +459,7 @@ class IMPure(nn.Module):
             draws whatever the batch.
         draws: given ``Draws`` for the padded images or tiles, in place of seed and streams.
         clamp: cut the result to [0, 1].
-        max_batch: tiles a network call; bounds memory (default well under 1 GiB), changes nothing in the result.
+        max_batch: tiles a network call; bounds memory (default well under 1 GiB), changes rounding (1e-5) alone.
         image_step, feature_step: masking strength in 0..999, in place of the config's; larger hides more.
         check: refuse images outside [0, 1] (costs a synchronisation on a GPU).
 

@@ -69,7 +69,7 @@ class TrainConfig:
     crop: int = 192
     view: int = 224
     pairs: int = 1700
-    held_out: int = 190
+    held_out: int = 0
     adversarial: float = 0.6
     noisy: float = 0.15
     lr: float = 2e-3
