@@ -53,7 +53,7 @@ def why_not(part):
 
 def jobs():
     """Compilers at once: one a core, as far as four fifths of the free memory goes."""
-    if "SC_AVPHYS_PAGES" not in os.sysconf_names:
+    if "SC_AVPHYS_PAGES" not in getattr(os, "sysconf_names", {}):  # Windows has none
         return 1
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return max(1, min(os.cpu_count() or 1, free * 4 // 5 // JOB_MEMORY))

@@ -143,7 +143,7 @@ def worker(options: Any) -> None:
         if off > 1:
             print(f"wrong result ({off:.2f} times what is allowed)")
             return
-        read, _ = timed(problem, call, inputs, mode)
+        read = timed(problem, call, inputs, mode).read
     except Error as reason:
         print(" ".join(str(reason).split()))
         return

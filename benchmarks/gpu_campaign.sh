@@ -2,10 +2,10 @@
 # Everything worth measuring on a GPU machine without a network, inside a time limit: small files under --out.
 #
 #   benchmarks/gpu_campaign.sh [--out DIR] [--archive FILE.tgz] [--minutes 9] [--parts a,b,...] [--device cuda]
-#                              [--python FILE] [--dry-run]
+#                              [--python FILE] [--authors DIR] [--dry-run]
 #
 # Needs torch, timm, numpy, safetensors and pytest; nothing is installed.  Libraries in impure_fast/*.so that load are
-# not built again.  GIT_COMMIT names the commit where the tree has no .git.
+# not built again.  --authors: a checkout of the authors' code, timed beside the networks.  GIT_COMMIT names the commit where the tree has no .git.
 # Every part has a share of the time and never more than what is left; a part that fails, or takes too long, loses
 # nothing but itself, and rows are written as they come; after each part --archive holds all of DIR in one file.
 # Without libraries for the GPU nothing else is run.  status.tsv: part, done|failed|timeout|skipped, seconds, reason.
@@ -14,12 +14,12 @@ set -u
 cd "$(dirname "$0")/.." || exit 2
 
 usage() { echo "$1; see the head of $0" >&2 && exit 2; }
-out=campaign archive="" minutes=9 device=cuda dry="" python=""
+out=campaign archive="" minutes=9 device=cuda dry="" python="" authors=""
 parts=versions,build,parity,ceilings,latency,network,operators,training,sanitizer
 while [ $# -gt 0 ]; do
     case "$1" in
         --dry-run) dry=yes && shift && continue ;;
-        --out | --archive | --minutes | --parts | --device | --python) [ $# -gt 1 ] || usage "$1 wants a value" ;;
+        --out | --archive | --minutes | --parts | --device | --python | --authors) [ $# -gt 1 ] || usage "$1 wants a value" ;;
         *) usage "unknown argument $1" ;;
     esac
     printf -v "${1#--}" %s "$2" && shift 2
@@ -64,7 +64,10 @@ part_operators() {
     done
     return $worst
 }
-part_network() { bench 999 network run --ops "reconstruct " --modes forward --rounds 15 --providers reference,auto,engine; }
+part_network() {
+    bench 999 network run --ops "reconstruct " --modes forward --rounds 15 ${authors:+--authors "$authors"} \
+        --providers "reference,auto,engine${authors:+,authors}"
+}
 part_compile() {
     local what=(--ops "reconstruct impure_base" --shapes 4x3) provider worst=0
     [ -z "$small" ] || what=(--ops "reconstruct ")
@@ -72,6 +75,8 @@ part_compile() {
         bench 999 $provider run "${what[@]}" --modes forward --rounds 15 --dtypes bfloat16 \
             --providers "reference,auto,engine,$provider" || worst=1
     done
+    bench 999 patches run --ops patch_ --modes forward --rounds 15 --dtypes bfloat16 \
+        --providers reference,compile,triton || worst=1
     [ -n "$small" ] || "$python" -m benchmarks.latency --device "$device" --csv "$out/latency.csv" --batches 1,64 \
         --seconds 2 --model impure_base_patch16_224 --providers "engine bf16,engine bf16 compiled" || worst=1
     return $worst
@@ -102,7 +107,8 @@ part_latency() {
     local providers="engine bf16,engine fp8,engine fp16,operators,no purifier" worst=0
     [ -z "$small" ] || tiny="--side 32 --batches 1 --rates 50 --seconds 0" providers="engine fp32"
     [ -n "$small" ] || "$python" -m benchmarks.latency --device "$device" --csv "$out/latency.csv" \
-        --providers "$providers" --model impure_base_patch16_224 $base || worst=1
+        --providers "$providers${authors:+,authors,authors bf16 autocast}" ${authors:+--authors "$authors"} \
+        --model impure_base_patch16_224 $base || worst=1
     "$python" -m benchmarks.latency --device "$device" --csv "$out/latency.csv" --providers "$providers" $tiny || worst=1
     return $worst
 }

@@ -21,6 +21,7 @@ from impure_fast import Engine
 from impure_fast.errors import InputError, MissingFileError
 from impure_fast.ops import _dispatch
 from impure_fast.ops._lib import OPERATORS
+from impure_fast.ops.patch_mask import per_channel
 from impure_fast.ops.reconstruction_attention import replica_rows
 
 from .registry import Problem, first, network, reconstruct, weights
@@ -128,11 +129,16 @@ def _compiled(function: Provider) -> dict[str, Provider]:
 
     def compiled(options: dict[str, Any]) -> Provider:
         made: list[Provider] = []  # at the first call: the compiler's import alone takes seconds
+        frozen = options.get("freezing", False)
 
         def call(*inputs: Tensor) -> Any:
-            if not made:
-                made.append(torch.compile(function, dynamic=False, fullgraph=True, options=options))
-            return made[0](*inputs)
+            if made:
+                return made[0](*inputs)
+            import torch._inductor.config as inductor
+
+            made.append(torch.compile(function, dynamic=False, fullgraph=True, options=options))
+            with inductor.patch(freezing=frozen):  # the option alone comes after weights became inputs of the graph
+                return made[0](*inputs)
 
         return call
 
@@ -155,8 +161,7 @@ def _engine(preset: str) -> Provider:
         engine = engines[key]
         c = engine.model.config
         pictures = engine.purify(images.float(), seed=0, clamp=False, check=False)
-        mean, std = (pictures.new_tensor(x).view(3, 1, 1) for x in (c.mean, c.std))
-        return ((pictures - mean) / std).to(images.dtype)
+        return ((pictures - per_channel(c.mean, pictures)) / per_channel(c.std, pictures)).to(images.dtype)
 
     return call
 

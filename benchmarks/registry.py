@@ -38,8 +38,9 @@ LAWS = {
     "normal": "torch.randn({shape}, generator=generator).to(dtype)",
     "image": "torch.rand({shape}, generator=generator).to(dtype)",
     "uniform": "torch.rand({shape}, generator=generator)",  # float32 whatever the problem's dtype
+    "ties": "torch.rand({shape}, generator=generator).mul(256).floor().div(256)",
     "order": "torch.rand({shape}, generator=generator).argsort(dim=1)",
-    "streams": "torch.randint(2**32, {shape}, generator=generator)",
+    "counters": "torch.randint(-(2**63), 2**63 - 1, {shape}, generator=generator)",
 }
 
 
@@ -197,7 +198,7 @@ def _patches(n: int, side: int, patch: int, small: bool = False) -> Iterator[Pro
     tokens, pixels = rows * rows, (n, 3, side, side)
     shape, shuffle, step = f"{n}x3x{side}x{side} p{patch}", ((n, tokens), "order"), ((n,), "uniform")
     values, noised = 3 * patch * patch, {"signal": step, "level": step}
-    yield Problem("order", f"{n}x{tokens}", {"uniforms": ((n, tokens), "uniform")}, {}, 0.0, small=small)
+    yield Problem("order", f"{n}x{tokens}", {"uniforms": ((n, tokens), "ties")}, {}, 0.0, small=small)
     yield Problem(
         "patch_mask",
         shape,
@@ -242,7 +243,7 @@ def _net(preset: str, batch: int, side: int, small: bool = False, large: bool = 
 
 
 def _noise(n: int, count: int, small: bool = False) -> Problem:
-    tensors = {"streams": ((n,), "streams"), "seed": ((), "streams")}
+    tensors = {"streams": ((n,), "counters"), "seed": ((), "counters")}
     options = {"purpose": IMAGE_NOISE, "count": count, "gaussian": True}
     return Problem("noise", f"{n}x{count}", tensors, options, 0.0, small=small)
 

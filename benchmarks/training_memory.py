@@ -120,7 +120,7 @@ def measure(case: Case, rounds: int, keep: Callable[[list[dict[str, Any]]], None
             row["kept_bytes"] = case.kept()
             row["kept_ratio"] = round(row["kept_bytes"] / (rows[0] if rows else row)["kept_bytes"], 4)
             if rounds:
-                gradients = case.gradients()
+                gradients = case.gradients().cpu()  # not beside the step whose memory is counted
                 wanted = gradients if wanted is None else wanted
                 row["gradient_error"] = float((gradients - wanted).norm() / wanted.norm())
                 if not row["gradient_error"] <= PARITY[case.dtype]:

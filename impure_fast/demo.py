@@ -25,6 +25,7 @@ from . import __version__, zoo
 from .attacks import pgd
 from .classifiers import LITE0_MEAN, LITE0_SIZE, LITE0_STD, Normalised, efficientnet_lite
 from .engine import Engine
+from .errors import InputError
 from .evaluation.analysis import psnr
 from .evaluation.defences import blur, jpeg
 from .images import PackedImages, random_view, write_atomically, write_text
@@ -98,9 +99,14 @@ def photograph_views(classifier: nn.Module, count: int, seed: int = SEED) -> Vie
 
 
 def packed_views(path: str | Path) -> Views:
-    """Every labelled picture of a packed file, scaled to 224 x 224 (bicubic), right or wrong."""
+    """Every labelled picture of a packed file, scaled to 224 x 224 (bicubic), right or wrong.
+
+    Raises MissingFileError or InputError.
+    """
     packed = PackedImages(path)
     which = [i for i in range(len(packed)) if packed.labels[i] >= 0]
+    if not which:
+        raise InputError(f"{path} holds no labelled picture; `impure-fast data` labels those in class folders.")
     size = (LITE0_SIZE, LITE0_SIZE)
     arrays = [np.asarray(Image.fromarray(packed[i]).resize(size, Image.Resampling.BICUBIC)) for i in which]
     return Views(to_float(np.stack(arrays)), [(int(packed.labels[i]),) for i in which], [str(i) for i in which])
@@ -122,9 +128,11 @@ def run(
 
     views: how many views of scikit-image's photographs; data: a packed file to use in their place, whole.
     attack_steps: PGD steps (torchattacks; step 2/255 at 8/255 and 1/255 at 4/255).
-    white_box: how many of the pictures are also attacked by somebody who knows the purifier: the same PGD with
-        exact gradients through purifier and classifier, fresh draws at every step and again when scored (slow).
-    psnr is that of purified against clean, unattacked pictures.  Raises MissingExtraError, MissingFileError.
+    white_box: how many of the pictures (no more than there are) are also attacked by somebody who knows the purifier:
+        the same PGD with exact gradients through purifier and classifier, fresh draws at every step and again when
+        scored (slow).
+    psnr is that of purified against clean, unattacked pictures.  Raises MissingExtraError, MissingFileError or
+    InputError.
     """
     purifier = zoo.load(model)
     classifier = Normalised(efficientnet_lite(0), LITE0_MEAN, LITE0_STD).eval()
@@ -157,6 +165,7 @@ def run(
 
     none, ours = accuracies(attacked.__getitem__), accuracies(purified.__getitem__)
     # Evenly spread, so that every photograph has its share.
+    white_box = min(white_box, len(labels))
     known = [i * len(labels) // white_box for i in range(white_box)]
     results = {
         "n": len(labels),

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .config import FIXED_ORDER_CHUNKS, IMPureConfig
+from .config import FIXED_ORDER_CHUNKS, NUM_STEPS, IMPureConfig
 from .errors import InputError, InputTypeError
 from .ops import noise
 from .philox import (
@@ -126,6 +126,7 @@ class Draws:
         n, tokens, k = shape[0], rows * cols, config.num_chunks
         seed = seed_or_fresh(seed, (n,))
         ids = stream_ids(streams, n, device)
+        device = ids.device  # that of given streams where no other is named
         if config.random_order:
             order = noise(ids, seed, ORDER, tokens, gaussian=False).argsort(dim=1, stable=True)
         else:
@@ -168,7 +169,7 @@ class Draws:
     ) -> Draws:
         """Given values, shapes as in the class; what an evaluation does not draw may be left out.
 
-        Raises InputError naming the tensor where one is missing or has another shape.
+        Raises InputError naming the tensor where one is missing, has another shape or values that cannot be.
         """
         rows, cols, chunk = grid_of(config, shape)
         n, k, width = shape[0], config.num_chunks, config.decoder_embed_dim
@@ -188,6 +189,13 @@ class Draws:
             if tensor is not None and tuple(tensor.shape) != wanted:
                 raise InputError(f"{name} has shape {tuple(tensor.shape)}; images and config want {wanted}.")
         changes: dict[str, Any] = {name: t for name, (t, _, _) in given.items() if t is not None}
+        if order is not None and (order.sort(dim=1).values != torch.arange(rows * cols, device=order.device)).any():
+            raise InputError(f"order is no permutation of 0..{rows * cols - 1} for every image.")
+        spare = [config.table_side - rows, config.table_side - cols]
+        for name, most in (("positions", spare), ("image_step", NUM_STEPS - 1), ("feature_step", NUM_STEPS - 1)):
+            if (t := changes.get(name)) is not None and ((t < 0) | (t > t.new_tensor(most))).any():
+                low, high = (value.tolist() for value in t.aminmax(dim=0))
+                raise InputError(f"{name} has values from {low} to {high}; images and config want 0 to {most}.")
         return dataclasses.replace(base, **changes)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Draws:

@@ -38,7 +38,7 @@ class ImageFileError(Error, OSError):
 
 
 class ImageTooLargeError(ImageFileError):
-    """An image file unpacks to more pixels than are allowed."""
+    """An image file unpacks to more pixels than are allowed, or than fit in memory."""
 
 
 class BackendError(Error, RuntimeError):

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import os
 import secrets
 import tarfile
-import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from .errors import ImageFileError, ImageTooLargeError, InputError, MissingFileError
 
@@ -36,6 +36,15 @@ _SAVE: dict[str, dict[str, Any]] = {
 SUFFIXES = tuple(_SAVE)
 _READABLE = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # by content; the suffix of a file given by name is not asked
 _ORIENTATION = 0x0112  # EXIF tag; 1 is upright
+_TURNS = {  # what makes the others upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 @dataclass(frozen=True)
@@ -44,19 +53,23 @@ class Picture:
 
     rgb: Pixels  # [H, W, 3], upright
     alpha: Pixels | None  # [H, W], to be put back on writing
+    profile: bytes | None  # ICC profile of a file whose pixels are RGB, to be put back too
     warning: str | None  # a sentence about what was left out
 
 
-def find_images(paths: Iterable[str | Path], recursive: bool = False) -> list[tuple[Path, Path]]:
+def find_images(
+    paths: Iterable[str | Path], recursive: bool = False, problems: list[str] | None = None
+) -> list[tuple[Path, Path]]:
     """Sorted (file, path relative to the given folder) of every image; a file given by name counts as it is.
 
     A folder gives its files with one of SUFFIXES, in any case, and with ``recursive`` those of its sub-folders;
-    hidden ones are left out.  Raises MissingFileError, or ImageFileError for a folder without images.
+    hidden ones are left out.  problems: takes a sentence for each sub-folder that cannot be listed; None raises.
+    Raises MissingFileError, or ImageFileError for a folder without images or one that cannot be listed.
     """
     found: set[tuple[Path, Path]] = set()
     for path in map(Path, paths):
         if os.path.isdir(path):
-            inside = _inside(path, recursive)
+            inside = _inside(path, recursive, problems)
             if not inside:
                 hint = "" if recursive else " --recursive (recursive=True) looks into its sub-folders."
                 raise ImageFileError(f"{path} holds no images ({' '.join(SUFFIXES)}).{hint}")
@@ -68,9 +81,12 @@ def find_images(paths: Iterable[str | Path], recursive: bool = False) -> list[tu
     return sorted(found)
 
 
-def _inside(folder: Path, recursive: bool) -> list[Path]:
-    def fail(error: OSError) -> NoReturn:
-        raise ImageFileError(f"{error.filename} cannot be listed: {error.strerror}.") from error
+def _inside(folder: Path, recursive: bool, problems: list[str] | None) -> list[Path]:
+    def fail(error: OSError) -> None:
+        sentence = f"{error.filename} cannot be listed: {error.strerror}."
+        if problems is None or Path(error.filename) == folder:
+            raise ImageFileError(sentence) from error
+        problems.append(sentence)
 
     found = []
     for place, folders, names in os.walk(folder, onerror=fail):
@@ -93,9 +109,20 @@ def decode_image(
     """``read_image`` of a file's content; errors call it ``name``.
 
     formats: Pillow's names of those to take; max_pixels: what the picture may unpack to, None for Pillow's own limit.
-    Raises ImageFileError; ImageTooLargeError beyond the limit, before anything is unpacked.
+    Raises ImageFileError; ImageTooLargeError beyond the limit, before anything is unpacked; InputError for a limit
+    that Pillow does not let through.
     """
+    check_max_pixels(max_pixels)
     return _picture(io.BytesIO(data), name, formats, max_pixels)
+
+
+def check_max_pixels(max_pixels: int | None) -> None:
+    """Raise InputError for more pixels than Pillow opens whatever it is told."""
+    if max_pixels is not None and Image.MAX_IMAGE_PIXELS is not None and max_pixels > 2 * Image.MAX_IMAGE_PIXELS:
+        raise InputError(
+            f"max_pixels={max_pixels:,}: Pillow opens at most {2 * Image.MAX_IMAGE_PIXELS:,} pixels, twice "
+            "PIL.Image.MAX_IMAGE_PIXELS; raise that, or take fewer."
+        )
 
 
 def _picture(source: Path | io.BytesIO, name: str, formats: tuple[str, ...], max_pixels: int | None) -> Picture:
@@ -104,11 +131,15 @@ def _picture(source: Path | io.BytesIO, name: str, formats: tuple[str, ...], max
     if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion would clip it
         values = np.asarray(image).astype(np.uint32)
         grey = ((values + 128) // 257).astype(np.uint8)  # 65535 -> 255, rounded
-        return Picture(np.repeat(grey[:, :, None], 3, axis=2), None, warning)
+        hidden = image.info.get("transparency")  # the one grey that is
+        alpha = None if hidden is None else np.where(values == hidden, 0, 255).astype(np.uint8)
+        return Picture(np.repeat(grey[:, :, None], 3, axis=2), alpha, None, warning)
+    # A profile of other channels, CMYK or grey, would not fit what is written.
+    profile = image.info.get("icc_profile") if image.mode in ("RGB", "RGBA", "P") else None
     if image.has_transparency_data:  # an alpha channel, a palette with alpha or one transparent colour
         rgba = np.asarray(image.convert("RGBA"))
-        return Picture(np.ascontiguousarray(rgba[:, :, :3]), np.ascontiguousarray(rgba[:, :, 3]), warning)
-    return Picture(np.array(image.convert("RGB")), None, warning)
+        return Picture(np.ascontiguousarray(rgba[:, :, :3]), np.ascontiguousarray(rgba[:, :, 3]), profile, warning)
+    return Picture(np.array(image.convert("RGB")), None, profile, warning)
 
 
 def _load(
@@ -116,19 +147,19 @@ def _load(
 ) -> tuple[Image.Image, bool]:
     """The decoded first frame, upright, and whether there are others."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about odd metadata, which nobody here reads
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(source, formats=formats) as file:
-                if max_pixels is not None and file.width * file.height > max_pixels:
-                    raise ImageTooLargeError(
-                        f"{name} unpacks to {file.width} x {file.height} pixels; the limit is {max_pixels:,}. "
-                        "Scale it down first."
-                    )
-                # Cameras store a preview as a second picture (MPO); that is no animation.
-                animated = getattr(file, "is_animated", False) and file.format != "MPO"
-                file.load()
-                return ImageOps.exif_transpose(file), animated
+        with Image.open(source, formats=formats) as file:
+            if max_pixels is not None and file.width * file.height > max_pixels:
+                raise ImageTooLargeError(
+                    f"{name} unpacks to {file.width} x {file.height} pixels; the limit is {max_pixels:,}. "
+                    "Scale it down first."
+                )
+            if max_pixels is None and file.width * file.height > (Image.MAX_IMAGE_PIXELS or math.inf):
+                raise Image.DecompressionBombError  # of which Pillow only warns, up to twice the limit
+            # Cameras store a preview as a second picture (MPO); that is no animation.
+            animated = getattr(file, "is_animated", False) and file.format != "MPO"
+            file.load()
+            turn = _turn(file)
+            return file.copy() if turn is None else file.transpose(turn), animated
     except ImageTooLargeError:
         raise
     except FileNotFoundError as error:
@@ -143,6 +174,8 @@ def _load(
             f"{name} unpacks to more than {Image.MAX_IMAGE_PIXELS:,} pixels, the limit that keeps a small file from "
             "filling the memory (PIL.Image.MAX_IMAGE_PIXELS). Scale it down first."
         ) from error
+    except MemoryError as error:
+        raise ImageTooLargeError(f"{name} does not fit in memory. Scale it down first.") from error
     except OSError as error:
         if error.errno is not None:
             raise ImageFileError(f"{name} cannot be read: {error.strerror}.") from error
@@ -151,19 +184,27 @@ def _load(
         raise ImageFileError(f"{name} is damaged: {error}.") from error
 
 
+def _turn(file: Image.Image) -> Image.Transpose | None:
+    """What makes the picture upright by its EXIF tag; None where it is, or the tag cannot be read."""
+    try:
+        return _TURNS.get(file.getexif().get(_ORIENTATION, 1))
+    except Exception:  # Pillow raises many kinds for odd metadata
+        return None
+
+
 def decode(data: bytes) -> Pixels:
     """The picture that a file's bytes hold, [H, W, 3], as a data set's reader sees it: its EXIF tag is not asked."""
     return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
 
 
-def write_image(path: str | Path, rgb: Pixels, alpha: Pixels | None = None) -> str | None:
+def write_image(path: str | Path, rgb: Pixels, alpha: Pixels | None = None, profile: bytes | None = None) -> str | None:
     """Write by suffix: PNG, WebP (lossless) or JPEG (quality 95, chroma at full size), making the folder if missing.
 
-    rgb: [H, W, 3]; alpha: [H, W], which a JPEG cannot hold: then a sentence saying so is returned.
+    rgb: [H, W, 3]; alpha: [H, W], which a JPEG cannot hold: then a sentence saying so is returned; profile: ICC.
     Raises ImageFileError; a file already there stays as it was until the new one is whole.
     """
     path = Path(path)
-    image, options, warning = _to_save(path, rgb, alpha)
+    image, options, warning = _to_save(path, rgb, alpha, profile)
     try:
         write_atomically(path, lambda temporary: image.save(temporary, **options))
     except (OSError, ValueError) as error:  # ValueError: sides too long for the format
@@ -171,9 +212,11 @@ def write_image(path: str | Path, rgb: Pixels, alpha: Pixels | None = None) -> s
     return warning
 
 
-def encode_image(name: str | Path, rgb: Pixels, alpha: Pixels | None = None) -> tuple[bytes, str | None]:
+def encode_image(
+    name: str | Path, rgb: Pixels, alpha: Pixels | None = None, profile: bytes | None = None
+) -> tuple[bytes, str | None]:
     """The bytes of the file that ``write_image`` would write under this name, and what it returns."""
-    image, options, warning = _to_save(name, rgb, alpha)
+    image, options, warning = _to_save(name, rgb, alpha, profile)
     buffer = io.BytesIO()
     try:
         image.save(buffer, **options)
@@ -182,14 +225,17 @@ def encode_image(name: str | Path, rgb: Pixels, alpha: Pixels | None = None) -> 
     return buffer.getvalue(), warning
 
 
-def _to_save(name: str | Path, rgb: Pixels, alpha: Pixels | None) -> tuple[Image.Image, dict[str, Any], str | None]:
+def _to_save(
+    name: str | Path, rgb: Pixels, alpha: Pixels | None, profile: bytes | None
+) -> tuple[Image.Image, dict[str, Any], str | None]:
     """The image, how to save it, and a sentence about what its format cannot hold."""
-    options = _SAVE.get(PurePath(name).suffix.lower())
-    if options is None:
+    form = _SAVE.get(PurePath(name).suffix.lower())
+    if form is None:
         raise ImageFileError(f"{name} has no suffix of a format that is written ({' '.join(SUFFIXES)}).")
+    options = {**form, "icc_profile": profile}
     if alpha is None:
         return Image.fromarray(rgb), options, None
-    if options is _JPEG:
+    if form is _JPEG:
         return Image.fromarray(rgb), options, f"{name}: a JPEG holds no transparency, so it was dropped."
     return Image.fromarray(np.dstack((rgb, alpha))), options, None
 
@@ -256,8 +302,7 @@ def jpeg_bytes(path: str | Path, quality: int, max_side: int | None = None) -> b
     picture = read_image(path)  # also of a file that is kept as it is: a damaged one must not get through
     with Image.open(path) as file:
         fits = max_side is None or max(file.size) <= max_side
-        upright = file.getexif().get(_ORIENTATION, 1) == 1
-        keep = file.format == "JPEG" and file.mode == "RGB" and upright and fits
+        keep = file.format == "JPEG" and file.mode == "RGB" and _turn(file) is None and fits
     return Path(path).read_bytes() if keep else encode_jpeg(picture.rgb, quality, max_side)
 
 

@@ -29,7 +29,7 @@ from .ops._dispatch import wished
 from .ops.patch_assemble import unpatchify, unshuffle
 from .ops.patch_mask import gather_tokens, per_channel
 from .ops.reconstruction_attention import replica_rows
-from .purify import purify_images
+from .purify import purify_images, with_steps
 
 Note = Callable[[str, Tensor], Tensor]
 
@@ -457,16 +457,17 @@ class IMPure(nn.Module):
         seed: key of all randomness; None takes fresh entropy from the operating system.
         streams: one integer in [0, 2**32) an image (default 0..N-1): equal (seed, stream) gives equal
             draws whatever the batch.
-        draws: given ``Draws`` for the padded images or tiles, in place of seed and streams.
+        draws: given ``Draws`` for the padded images or tiles, in place of seed, streams and steps.
         clamp: cut the result to [0, 1].
-        max_batch: tiles a network call; bounds memory (default well under 1 GiB), changes rounding (1e-5) alone.
+        max_batch: tiles a network call; bounds its memory (default well under 1 GiB), changes rounding (1e-5) alone.
+            About 50 bytes a pixel of the picture come on top, and 60 a pixel of the up to 1024 tiles held at once.
         image_step, feature_step: masking strength in 0..999, in place of the config's; larger hides more.
         check: refuse images outside [0, 1] (costs a synchronisation on a GPU).
 
         Differentiable in float images that require gradients; independent of train or eval mode.
         Raises InputError, InputTypeError or ConfigError.
         """
-        config = self.config.with_steps(image_step, feature_step)
+        config = with_steps(self.config, image_step, feature_step, draws)
         dtype = self.cls_token.dtype
         options: dict[str, Any] = dict(seed=seed, streams=streams, draws=draws)
         options |= dict(clamp=clamp, max_batch=max_batch, check=check)

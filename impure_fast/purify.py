@@ -76,9 +76,7 @@ def _tile_sides(config: IMPureConfig, height: int, width: int) -> tuple[int, int
         for c in range(cols, limit + 1)
         if r * c % k == 0 and (config.random_order or (r % side == 0 and c % side == 0))
     ]
-    if not fits:
-        raise InputError(f"No tile of at most {limit}x{limit} patches has K={k} equal chunks; change tile_size.")
-    _, rows, cols = min(fits)
+    _, rows, cols = min(fits)  # never empty: the config has K divide the largest
     return rows * p, cols * p
 
 
@@ -149,7 +147,7 @@ def over_tiles(
         total[:, :, strip] += F.fold(columns, shape, (th, tw), stride=tiling.stride)
         ones = window.reshape(1, -1, 1).expand(1, -1, count)
         weight[:, :, strip] += F.fold(ones, shape, (th, tw), stride=tiling.stride)
-    return (total / weight)[:, :, :height, :width]
+    return total.div_(weight)[:, :, :height, :width]
 
 
 def default_max_batch(config: IMPureConfig, height: int, width: int, memory: int = TILE_MEMORY) -> int:
@@ -164,6 +162,18 @@ def even_batch(most: int) -> int:
     """The largest of 1, 2, 3, 4, 6, 8, 12, 16, ... up to ``most``: the batches that a GPU's graphs are captured for."""
     power = 1 << most.bit_length() - 1
     return power + power // 2 if power + power // 2 <= most else power
+
+
+def with_steps(
+    config: IMPureConfig, image_step: int | None, feature_step: int | None, draws: Draws | None
+) -> IMPureConfig:
+    """``config.with_steps`` for a call that may bring draws, which hold their steps; both raise InputError."""
+    if draws is not None and (image_step is not None or feature_step is not None):
+        raise InputError(
+            f"image_step={image_step}, feature_step={feature_step}: the draws given hold their own steps; leave these "
+            "out, or give seed and streams in place of draws."
+        )
+    return config.with_steps(image_step, feature_step)
 
 
 def purify_images(
@@ -262,7 +272,8 @@ class PurifiedClassifier(nn.Module):
         default cuts the value and passes the gradient.
     image_step, feature_step: masking strength, as in ``IMPure.purify``.
 
-    Differentiable; owns the parameters of both networks; purifies alike in train and eval mode.
+    Differentiable in images that require gradients; without those the purifier's weights get no gradient either, the
+    classifier's do.  Owns the parameters of both networks; purifies alike in train and eval mode.
     Raises InputError for options that cannot be.
     """
 

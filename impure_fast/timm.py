@@ -86,7 +86,7 @@ def _create(name: str, pretrained: bool, **kwargs: Any) -> IMPure:
 
     model = build_model_with_cfg(build, name, pretrained=False, **own, **kwargs)
     if state is not None:
-        checkpoints.load_state(model, state, where)
+        model.load_report = checkpoints.load_state(model, state, where)
     return model
 
 

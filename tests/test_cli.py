@@ -15,12 +15,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from impure_fast import can_run, cli, zoo
+from impure_fast import Engine, can_run, cli, zoo
 from impure_fast.checkpoints import read_safetensors
 from impure_fast.classifiers import CifarResNet
 from impure_fast.evaluation.targets import load_pictures, load_target
 from impure_fast.images import PackedImages, encode_jpeg, read_image, write_packed
 from impure_fast.ops._lib import OPERATORS
+from impure_fast.serving import bulk
 
 from .conftest import files, picture
 
@@ -179,6 +180,26 @@ def test_purify_refuses(tmp_path, monkeypatch, run, arguments, message):
 def test_suffix_jpeg_agrees_with_format_jpg(tmp_path, photos, purify):
     assert purify(photos / "a.png", "-o", tmp_path / "b.JPEG", "--format", "jpg")[0] == 0
     assert Image.open(tmp_path / "b.JPEG").format == "JPEG"
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), MemoryError()], ids=["GPU", "host"])
+def test_a_picture_that_does_not_fit_in_memory_is_named_and_the_rest_goes_on(
+    tmp_path, photos, purify, monkeypatch, error
+):
+    real = Engine.purify
+
+    def purified(engine, images, **options):
+        if "b.jpg" in calls:
+            calls.clear()
+            raise error
+        return real(engine, images, **options)
+
+    calls, reading = [], bulk.read_image
+    monkeypatch.setattr(bulk, "read_image", lambda path: (calls.append(path.name), reading(path))[1])
+    monkeypatch.setattr(Engine, "purify", purified)
+    code, text, errors = purify(photos, "-o", tmp_path / "out", "--recursive")
+    assert code == 1 and files(tmp_path / "out") == ["a.png", "sub/c.png"]
+    assert "b.jpg does not fit in memory" in " ".join(errors.split())
 
 
 def test_ctrl_c_ends_cleanly_and_the_same_command_goes_on(tmp_path, photos, purify, monkeypatch):

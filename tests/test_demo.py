@@ -12,6 +12,7 @@ from PIL import Image
 
 from impure_fast import demo
 from impure_fast.classifiers import LITE0_MEAN, LITE0_SIZE, LITE0_STD, Normalised, efficientnet_lite
+from impure_fast.errors import InputError
 from impure_fast.images import encode_jpeg, write_packed
 
 
@@ -23,7 +24,7 @@ def classifier():
 @pytest.fixture(scope="module")
 def results(tmp_path_factory, weights):
     folder = tmp_path_factory.mktemp("demo")
-    options = dict(model=str(weights), views=5, attack_steps=2, white_box=2)
+    options = dict(model=str(weights), views=5, attack_steps=2, white_box=9)
     return demo.run(folder / "demo.json", folder / "demo.png", **options), folder
 
 
@@ -36,7 +37,13 @@ def test_figures_have_the_promised_keys_and_are_written(results):
     assert all(set(row) == {"clean", "4", "8"} for row in figures["baselines"].values())
     assert json.loads((folder / "demo.json").read_text()) == figures
     assert figures["n"] == 5
-    assert figures["white_box"]["n"] == 2
+    assert figures["white_box"]["n"] == 5  # no picture twice
+
+
+def test_pictures_without_labels_are_named(tmp_path):
+    write_packed(tmp_path / "a.npz", [encode_jpeg(np.zeros((9, 9, 3), np.uint8), 90)], [-1], ["a"])
+    with pytest.raises(InputError, match=r"a\.npz holds no labelled picture"):
+        demo.packed_views(tmp_path / "a.npz")
 
 
 def test_views_are_right_when_clean_and_the_attack_works(results):
@@ -65,7 +72,7 @@ def test_the_table_says_what_the_attacker_knows(results):
     out = io.StringIO()
     Console(width=120, file=out).print(demo.table(results[0]))
     text = out.getvalue()
-    assert "An attacker who knows the purifier (2 pictures) leaves" in text
+    assert "An attacker who knows the purifier (5 pictures) leaves" in text
     out.truncate(0)
     Console(width=120, file=out).print(demo.table({**results[0], "white_box": {}}))
     assert "does not know the purifier" in out.getvalue()

@@ -369,6 +369,28 @@ def test_given_tensors_of_another_shape_are_refused_naming_both_shapes(name):
     assert name in message and str(tuple(short.shape)) in message and str(tuple(full[name].shape)) in message
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("order", 0, "order is no permutation of 0..23 for every image"),
+        ("positions", -1, r"positions has values from \[-1, -1\]"),
+        ("positions", 99, r"positions has values from \[99, 99\]"),
+        ("image_step", -1, "image_step has values from -1 to -1; images and config want 0 to 999"),
+        ("feature_step", 1000, "feature_step has values from"),
+    ],
+)
+def test_given_values_that_cannot_be_are_refused(name, value, message):
+    config = small_config()
+    full = {key: getattr(Draws.sample(config, SHAPE, 0), key) for key in TENSORS}
+    with pytest.raises(InputError, match=message):
+        Draws.from_tensors(config, SHAPE, **{**full, name: torch.full_like(full[name], value)})
+
+
+def test_draws_lie_where_their_streams_lie():
+    draws = Draws.sample(small_config(), SHAPE, 0, streams=torch.arange(3, device="meta"))
+    assert {getattr(draws, name).device.type for name in TENSORS} == {"meta"}
+
+
 def test_draws_fit_the_config_and_shape_they_were_made_for():
     for masks in ({}, BARE, {"image_mask": "mask"}, {"feature_mask": "mask"}):
         config = small_config(**masks)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from impure_fast.errors import ImageFileError, ImageTooLargeError, MissingFileError
+from impure_fast.errors import ImageFileError, ImageTooLargeError, InputError, MissingFileError
 from impure_fast.images import (
     decode_image,
     encode_image,
@@ -107,6 +107,28 @@ def test_exif_rotation_is_applied(tmp_path, orientation):
     assert np.array_equal(picture.rgb, turn(stored) if turn else stored)
 
 
+def test_odd_metadata_is_no_damage(tmp_path):
+    rgb = smooth()
+    path = saved(tmp_path / "a.jpg", rgb, dpi=(72, 72), exif=b"Exif\0\0no tiff", quality=95)
+    assert np.abs(read_image(path).rgb.astype(int) - rgb).max() < 16
+
+
+def test_colour_profile_of_rgb_is_put_back(tmp_path):
+    for name, mode in (("a.png", "RGB"), ("b.jpg", "RGB"), ("c.webp", "RGBA")):
+        path = saved(tmp_path / name, Image.new(mode, (4, 4)), icc_profile=b"a profile")
+        picture = read_image(path)
+        assert picture.profile == b"a profile"
+        write_image(tmp_path / f"out-{name}", picture.rgb, picture.alpha, picture.profile)
+        with Image.open(tmp_path / f"out-{name}") as file:
+            assert file.info["icc_profile"] == b"a profile"
+    assert read_image(saved(tmp_path / "d.png", Image.new("L", (4, 4)), icc_profile=b"grey")).profile is None
+
+
+def test_the_transparent_grey_of_16_bits_is_kept_aside(tmp_path):
+    values = np.array([[0, 257, 65535]], dtype=np.uint16)
+    assert read_image(saved(tmp_path / "a.png", values, transparency=257)).alpha.tolist() == [[255, 0, 255]]
+
+
 @pytest.mark.parametrize("suffix", ["png", "webp", "gif"])
 def test_animation_gives_its_first_frame_and_a_warning(tmp_path, suffix):
     frames = [Image.new("RGB", (8, 6), colour) for colour in ("red", "blue")]
@@ -199,6 +221,35 @@ def test_own_limit_of_pixels():
     assert decode_image(data, "it", max_pixels=192).rgb.shape == (12, 16, 3)
     with pytest.raises(ImageTooLargeError, match=r"^it unpacks to 16 x 12 pixels; the limit is 191\. Scale it down"):
         decode_image(data, "it", max_pixels=191)
+    with pytest.raises(InputError, match="max_pixels=1,000,000,000: Pillow opens at most"):
+        decode_image(data, "it", max_pixels=10**9)
+
+
+def test_a_picture_beyond_the_memory_is_named(tmp_path, monkeypatch):
+    path = saved(tmp_path / "a.png", pixels())
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: (_ for _ in ()).throw(MemoryError()))
+    with pytest.raises(ImageTooLargeError, match=r"a\.png does not fit in memory"):
+        read_image(path)
+
+
+def test_a_sub_folder_that_cannot_be_listed_does_not_hide_the_others(tmp_path, monkeypatch):
+    for name in ("a.png", "locked/b.png", "open/c.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        saved(tmp_path / name, pixels())
+    real = os.scandir
+
+    def scandir(place):
+        if os.path.basename(place) == "locked":
+            raise PermissionError(errno.EACCES, "Permission denied", os.fspath(place))
+        return real(place)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    problems = []
+    found = find_images([tmp_path], recursive=True, problems=problems)
+    assert [relative.as_posix() for _, relative in found] == ["a.png", "open/c.png"]
+    assert len(problems) == 1 and "locked cannot be listed: Permission denied." in problems[0]
+    with pytest.raises(ImageFileError, match="locked cannot be listed"):
+        find_images([tmp_path], recursive=True)
 
 
 def test_missing_file(tmp_path):

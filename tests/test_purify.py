@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from impure_fast import Draws, Error, PurifiedClassifier
+from impure_fast import Draws, Engine, Error, PurifiedClassifier
 from impure_fast.config import PRESETS
 from impure_fast.errors import ConfigError, InputError, InputTypeError
 from impure_fast.purify import Tiling, over_tiles, purify_images
@@ -202,6 +202,9 @@ def test_given_draws_take_the_place_of_seed_and_streams():
     assert close(model.purify(images, draws=draws, seed=99, max_batch=1), wanted)
     with pytest.raises(InputError, match=r"\(2, 3, 24, 24\).*\(3, 3, 24, 24\)"):
         model.purify(random_images(3, 3, 24, 24), draws=draws)
+    for purify in (model.purify, Engine(model).purify):
+        with pytest.raises(InputError, match="image_step=7, feature_step=None: the draws given hold their own steps"):
+            purify(images, draws=draws, image_step=7)
 
 
 def test_max_batch_by_default_bounds_the_tiles_of_a_call(monkeypatch):

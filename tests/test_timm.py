@@ -151,6 +151,7 @@ def test_weights_of_ones_own_load_from_a_file(tmp_path, ending):
 def test_weights_in_memory_load():
     model = tiny(4)
     loaded = timm.create_model(TINY, pretrained=True, pretrained_cfg_overlay={"state_dict": model.state_dict()})
+    assert loaded.load_report.missing == () and timm.create_model(TINY).load_report is None
     assert same_weights(loaded, model)
 
 

@@ -63,8 +63,8 @@ class Model(nn.Module):
 
 
 def get_inputs() -> list[Tensor]:
-    streams = torch.randint(2**32, (4,))
-    seed = torch.randint(2**32, ())
+    streams = torch.randint(-(2**63), 2**63 - 1, (4,))
+    seed = torch.randint(-(2**63), 2**63 - 1, ())
     return [streams, seed]
 
 

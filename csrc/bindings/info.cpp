@@ -55,8 +55,9 @@ int cuda_blocks(const std::string& library, int index, int threads, int shared_b
 
 PYBIND11_MODULE(_info, module) {
   module.def("compiler", [] { return std::string(__VERSION__); }, "Compiler of the native parts.");
-  module.def("cpu_isa", &cpu_isa, py::arg("library"),
-             "Instruction set that the CPU kernels take: scalar, avx2, avx512 or avx512+bf16.");
+  module.def(
+      "cpu_isa", &cpu_isa, py::arg("library"),
+      "Instruction set that the CPU kernels take: scalar, avx2, avx512, avx512+bf16 or amx.");
   module.def("cuda_kernels", &cuda_kernels, py::arg("library"),
              "[{name, registers, local_bytes, shared_bytes, max_threads, architecture}] of the "
              "CUDA kernels; -1 where there is no device to ask.");

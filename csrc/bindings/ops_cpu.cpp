@@ -139,6 +139,8 @@ Tensor normalise(const Tensor& x, const std::optional<Tensor>& weight,
                  const std::optional<Tensor>& bias, double eps, double scale, int64_t zero,
                  ScalarType dtype) {
   STD_TORCH_CHECK(x.is_cpu() && x.is_contiguous() && x.dim() > 0, "x must be contiguous CPU rows.");
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::BFloat16,
+                  "x must be float32 or bfloat16.");
   const int64_t width = x.size(x.dim() - 1);
   for (const auto* parameter : {&weight, &bias}) {
     STD_TORCH_CHECK(
@@ -195,7 +197,7 @@ STABLE_TORCH_LIBRARY_IMPL(impure_fast, CPU, m) {
 }  // namespace
 }  // namespace impure_fast
 
-// The instruction set chosen: scalar, avx2, avx512 or avx512+bf16.
+// The instruction set chosen: scalar, avx2, avx512, avx512+bf16 or amx.
 extern "C" __attribute__((visibility("default"))) const char* impure_fast_cpu_isa() {
   return impure_fast::attention_isa();
 }

@@ -5,6 +5,7 @@ torch, numpy and Pillow are imported inside the commands, so that ``--help`` ans
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -44,4 +45,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
         import typer  # noqa: F401
     except ImportError:
         raise SystemExit(MISSING) from None
+    warnings.filterwarnings("ignore", module="PIL")  # of odd metadata; what it refuses becomes a sentence
     make_app()(arguments, prog_name="impure-fast")

@@ -121,14 +121,16 @@ def _placing(inputs: list[Place], output: Place, format: str | None) -> Callable
 
 
 def _find(inputs: list[Place], output: Place, recursive: bool, problems: list[str]) -> list[tuple[Place, Path]]:
-    """Every (file, relative path) of INPUT; inputs that cannot be used become sentences in ``problems``."""
+    """Every (file, relative path) of INPUT; what cannot be used becomes sentences in ``problems``."""
     from ..images import find_images
     from ..serving.stores import find_in_store
 
     found: list[tuple[Place, Path]] = []
     for path in inputs:
         try:
-            files = find_images([path], recursive) if isinstance(path, Path) else find_in_store(path, recursive)
+            files = (
+                find_images([path], recursive, problems) if isinstance(path, Path) else find_in_store(path, recursive)
+            )
         except Error as error:
             problems.append(str(error))
             continue

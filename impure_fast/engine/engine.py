@@ -25,7 +25,7 @@ from ..draws import Draws, stream_ids
 from ..errors import ConfigError, Error, InputError
 from ..model import IMPure
 from ..philox import Seed, seed_or_fresh
-from ..purify import Tiling, check_images, purify_images
+from ..purify import Tiling, check_images, purify_images, with_steps
 from .folded import Folded
 from .graphs import Graphs
 from .products import Fp8, Observed, OneDnn, OneDnnInt8, Plain, Product, onednn_missing
@@ -122,7 +122,7 @@ class Engine:
             raise Error("An Engine gives no gradients; model.purify does (or detach the images).")
         check_images(images, clamp, False)
         began = time.perf_counter()
-        config = self.model.config.with_steps(image_step, feature_step)
+        config = with_steps(self.model.config, image_step, feature_step, draws)
         options: dict[str, Any] = dict(seed=seed_or_fresh(seed), streams=streams, draws=draws, clamp=clamp, check=check)
         result = self._on_devices(config, images, options)
         if result.is_inference():  # which could enter no graph, such as that of a classifier's training

@@ -25,6 +25,10 @@ def noise(
     if streams.ndim != 1 or streams.dtype != torch.int64:
         raise InputError(f"streams is {streams.dtype} {list(streams.shape)}; wanted int64 [N].")
     if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or (seed.ndim and seed.shape != streams.shape):
+            raise InputError(
+                f"seed is {seed.dtype} {list(seed.shape)}, streams {list(streams.shape)}: wanted int64, [] or [N]."
+            )
         key = seed.to(streams.device)
     else:  # the 64 bits as a signed integer, made where the streams are
         key = streams.new_full((), (seed + 2**63) % 2**64 - 2**63)

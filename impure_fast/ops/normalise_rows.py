@@ -47,6 +47,7 @@ def normalise_rows(
     if scale <= 0 or not 0 <= zero <= 255:
         raise InputError(f"scale={scale}, zero={zero}: wanted a positive scale and a zero in 0..255.")
     _lib.check_alike("normalise_rows", False, x=x, weight=weight, bias=bias)
+    weight, bias = (None if given is None else given.contiguous() for given in (weight, bias))
     return _dispatch.run(SPEC, backend, x.detach().contiguous(), weight, bias, eps, scale, zero, dtype)
 
 

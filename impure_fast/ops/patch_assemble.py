@@ -47,6 +47,11 @@ def patch_assemble(
             f"patches {list(patches.shape)}, order {list(order.shape)}, grid {rows}x{cols}: wanted [N, L, p*p*3], "
             "[N, L] and a grid of L."
         )
+    if 3 * round((patches.shape[2] / 3) ** 0.5) ** 2 != patches.shape[2]:
+        raise InputError(f"patches {list(patches.shape)}: wanted rows of p*p*3 values, p the side of a patch.")
+    for name, given, wanted in (("weight", weight, (3, 3, 3, 3)), ("bias", bias, (3,))):
+        if given is not None and given.shape != wanted:
+            raise InputError(f"{name} is {list(given.shape)}; wanted {list(wanted)}.")
     if (weight is None) != (bias is None) or (mean is None) != (std is None):
         raise InputError("weight and bias, and mean and std, belong together: give both or neither.")
     options = (rows, cols, weight, bias, mean and list(mean), std and list(std), clamp, to_uint8)

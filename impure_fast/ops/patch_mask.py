@@ -53,11 +53,16 @@ def patch_mask(
         raise InputError("signal and level belong together: give both or neither.")
     if signal is not None and (noise is None) == (seed is None or streams is None):
         raise InputError("Noised rows need noise, or seed and streams to make it from; not both.")
-    _lib.check_alike("patch_mask", False, images=images, order=order, signal=signal, noise=noise, streams=streams)
+    options: dict[str, Tensor | None] = dict(signal=signal, level=level, noise=noise, streams=streams)
+    for name, given in options.items():
+        wanted = images.shape if name == "noise" else images.shape[:1]
+        if given is not None and given.shape != wanted:
+            raise InputError(f"{name} is {list(given.shape)}, images {list(images.shape)}: wanted {list(wanted)}.")
+    _lib.check_alike("patch_mask", False, images=images, order=order, **options)
     if seed is not None and seed >= 1 << 63:
         seed -= 1 << 64  # the schema's integers are signed
-    options = (patch, list(mean), list(std), signal, level, noise, seed, streams)
-    return _dispatch.run(SPEC, backend, images, order, *options)
+    numbers = (patch, list(mean), list(std))
+    return _dispatch.run(SPEC, backend, images, order, *numbers, signal, level, noise, seed, streams)
 
 
 def _image_shape(images: Tensor) -> tuple[int, int, int, int]:

@@ -28,7 +28,7 @@ from .. import zoo
 from ..engine import Engine
 from ..errors import Error, ImageTooLargeError
 from ..evaluation.targets import Target, load_target
-from ..images import Picture, Pixels, decode_image, encode_image
+from ..images import Picture, Pixels, check_max_pixels, decode_image, encode_image
 from ..ops._dispatch import last_backends
 from ..purify import to_float
 from .batching import Batcher
@@ -58,10 +58,12 @@ class Metrics:
 class Service:
     """An engine, a classifier if one is set, and the requests that they hold.
 
-    Loads and warms up when constructed.  Raises Error as ``zoo.load``, ``Engine`` and ``load_target`` do.
+    Loads and warms up when constructed.  Raises Error as ``check_max_pixels``, ``zoo.load``, ``Engine`` and
+    ``load_target`` do.
     """
 
     def __init__(self, settings: Settings, metrics: Metrics | None = None) -> None:
+        check_max_pixels(settings.max_pixels)
         self.settings, self.metrics = settings, metrics or Metrics()
         self.engine = Engine(zoo.load(settings.model), precision=settings.precision, device=settings.device)
         self.target: Target | None = None
@@ -131,7 +133,7 @@ class Service:
     async def purify(self, request: Request) -> Response:
         with self.hold():
             picture, rgb = await self.process(request, "/purify")
-            png, _ = await asyncio.to_thread(encode_image, "purified.png", rgb, picture.alpha)
+            png, _ = await asyncio.to_thread(encode_image, "purified.png", rgb, picture.alpha, picture.profile)
             return Response(png, media_type="image/png")
 
     async def classify(self, request: Request) -> Response:

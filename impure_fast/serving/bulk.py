@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ..engine import Engine
-from ..errors import BackendError, Error
+from ..errors import BackendError, Error, ImageTooLargeError
 from ..images import decode_image, encode_image, read_image, write_image
 from .cluster import first_line
 from .stores import Place, place, read, write
@@ -28,15 +28,28 @@ Result = tuple[Place, list[str], str | None]  # target, warnings, what went wron
 
 
 def purify_file(engine: Engine, file: Place, target: Place, options: Mapping[str, Any]) -> list[str]:
-    """Purify one picture alone, so always stream 0; returns warnings.  options: of ``Engine.purify``."""
-    picture = read_image(file) if isinstance(file, Path) else decode_image(read(file), file)
-    image = torch.from_numpy(picture.rgb).permute(2, 0, 1)  # [3, H, W]
-    rgb = engine.purify(image, **options).permute(1, 2, 0).contiguous().numpy()
-    if isinstance(target, Path):
-        warning = write_image(target, rgb, picture.alpha)
-    else:
-        data, warning = encode_image(target, rgb, picture.alpha)
-        write(target, data)
+    """Purify one picture alone, so always stream 0; returns warnings.  options: of ``Engine.purify``.
+
+    Raises Error; ImageTooLargeError where memory does not suffice.
+    """
+    try:
+        picture = read_image(file) if isinstance(file, Path) else decode_image(read(file), file)
+        image = torch.from_numpy(picture.rgb).permute(2, 0, 1)  # [3, H, W]
+        rgb = engine.purify(image, **options).permute(1, 2, 0).contiguous().numpy()
+        if isinstance(target, Path):
+            warning = write_image(target, rgb, picture.alpha, picture.profile)
+        else:
+            data, warning = encode_image(target, rgb, picture.alpha, picture.profile)
+            write(target, data)
+    except (MemoryError, RuntimeError) as error:
+        # torch's error for a GPU is a class, its allocator's for a CPU a bare RuntimeError.
+        known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not known and "allocate memory" not in str(error) and "out of memory" not in str(error):
+            raise
+        reason = first_line(error) or type(error).__name__
+        raise ImageTooLargeError(
+            f"{file} does not fit in memory: {reason.rstrip('.')}; take a smaller picture, or --device cpu."
+        ) from error
     return [sentence for sentence in (picture.warning, warning) if sentence]
 
 

@@ -71,9 +71,11 @@ def test_gradients_are_measured(mode):
 
 def test_every_attention_baseline_is_right_or_says_why_it_cannot():
     found = providers(ATTENTION, "sdpa*,products,cpp")
-    for row in measure(ATTENTION, torch.float32, "forward", found, 1):
+    rows = measure(ATTENTION, torch.float32, "forward", found, 1)
+    for row in rows:
         assert ("median_us" in row) != ("why_not" in row)
         assert row["parity"] is None or row["parity"] <= 1
+    assert {row["provider"] for row in rows if "median_us" in row} >= {"sdpa", "sdpa-flash", "sdpa-math", "products"}
 
 
 def test_a_user_provider_is_one_file_with_one_function(tmp_path):
@@ -156,14 +158,48 @@ def test_what_is_too_fast_is_measured_again(monkeypatch):
     assert rows[0]["ratio"] == 1  # pairs of the second time too
 
 
-def test_what_remembers_its_result_is_found_out_by_other_inputs(tmp_path, monkeypatch):
+def test_what_works_in_one_place_alone_is_found_out_by_other_inputs(tmp_path, monkeypatch):
     monkeypatch.setattr("benchmarks.runner.SUSPICIOUS", 0.0)
-    text = "kept = []\ndef order(uniforms):\n    if not kept:\n        p = uniforms.argsort(dim=1, stable=True)\n"
-    text += "        kept.append((p, p.argsort(dim=1)))\n    return kept[0]\n"
+    text = "kept = []\ndef order(uniforms):\n    if not kept:\n        kept.append(uniforms.data_ptr())\n"
+    text += "    p = uniforms.argsort(dim=1, stable=uniforms.data_ptr() == kept[0])\n"
+    text += "    return p, p.argsort(dim=1) if uniforms.data_ptr() == kept[0] else p\n"
     path = script(tmp_path, "memory", text)
     rows = measure(ORDER, torch.float32, "forward", providers(ORDER, f"reference,{path}"), 2)
     assert "median_us" in rows[0] and "median_us" not in rows[1]
     assert rows[1]["why_not"] == "RuntimeError: Its result is wrong on other inputs."
+
+
+def test_what_was_timed_is_asked_again_with_other_numbers(tmp_path):
+    text = "kept = {}\ndef order(uniforms):\n    if uniforms.data_ptr() not in kept:\n"
+    text += (
+        "        p = uniforms.argsort(dim=1, stable=True)\n        kept[uniforms.data_ptr()] = p, p.argsort(dim=1)\n"
+    )
+    path = script(tmp_path, "address", text + "    return kept[uniforms.data_ptr()]\n")
+    rows = measure(ORDER, torch.float32, "forward", providers(ORDER, f"{path},reference"), 2)
+    assert rows[0]["why_not"] == "What was timed does not follow its inputs." and "median_us" not in rows[0]
+    assert rows[1]["median_us"] > 0
+
+
+def test_who_modifies_its_inputs_is_not_timed_and_spoils_nothing(tmp_path):
+    text = "def order(uniforms):\n    p = uniforms.argsort(dim=1, stable=True)\n    uniforms.mul_(-1)\n"
+    path = script(tmp_path, "inplace", text + "    return p, p.argsort(dim=1)\n")
+    rows = measure(ORDER, torch.float32, "forward", providers(ORDER, f"{path},reference"), 2)
+    assert rows[0]["why_not"] == "It modified its inputs, so it is not timed."
+    assert rows[1]["parity"] == 0 and rows[1]["median_us"] > 0
+
+
+def test_the_strongest_compiled_baseline_has_its_weights_as_constants(monkeypatch):
+    from torch._inductor import freezing
+
+    folded = []
+    real = freezing.replace_params_with_constants
+    monkeypatch.setattr(freezing, "replace_params_with_constants", lambda *a, **o: (folded.append(a), real(*a, **o))[1])
+    net = next(problem for problem in SMALL if problem.preset)
+    inputs = net.make(torch.float32, "cpu")
+    with torch.inference_mode():
+        providers(net, "compile-max-autotune")["compile-max-autotune"](*inputs)
+    (module, params, *_) = folded[0]
+    assert len(params) > 50
 
 
 def test_the_machines_ceilings_are_measured():
@@ -320,7 +356,34 @@ TRICKS = {
     "laziness": (
         "    calls = 0\n    def forward(self, u):\n        self.calls += 1\n        p = u.argsort(dim=1, stable=True)\n"
         "        q = p if 2 < self.calls < 5 else p.argsort(dim=1)\n        return p, q\n",
-        "on the inputs it was timed on",
+        "result is wrong",
+    ),
+    "race": (
+        "    calls = 0\n    def forward(self, u):\n        self.calls += 1\n"
+        + HONEST.replace(
+            "        return",
+            """
+        if self.calls > 2:
+            u.zero_()
+        return""",
+        ),
+        "modified its inputs",
+    ),
+    "subclass": (
+        "    calls = 0\n    def forward(self, u):\n        self.calls += 1\n"
+        "        p = u.argsort(dim=1, stable=True)\n        q = p.argsort(dim=1)\n"
+        "        return p, torch.nn.Parameter(q, False) if self.calls > 2 else q\n",
+        "plain tensors",
+    ),
+    "process": (
+        "    def forward(self, u):\n        import subprocess, sys\n"
+        "        subprocess.run(['sleep', '0.05'])\n" + HONEST,
+        "its own process does not do",
+    ),
+    "tf32": (
+        "    def forward(self, u):\n        torch.backends.cudnn.allow_tf32 = not torch.backends.cudnn.allow_tf32\n"
+        + HONEST,
+        "precision",
     ),
     "thread": (
         "    def forward(self, u):\n        import threading, time\n        u = u.clone()\n"
@@ -353,12 +416,29 @@ TRICKS = {
 def test_the_scorer_refuses_the_known_tricks(tmp_path, trick):
     body, reason = TRICKS[trick]
     path = script(tmp_path, ORDER.name, f"class ModelNew(torch.nn.Module):\n{body}")
-    was = torch.get_float32_matmul_precision()
+    was = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     try:
         row = kernelbench.judge(ORDER, path, "cpu", 2)
     finally:
-        torch.set_float32_matmul_precision(was)
+        torch.set_float32_matmul_precision(was[0])
+        torch.backends.cudnn.allow_tf32 = was[1]
     assert not row["correct"] and reason in row["why_not"], row
+
+
+def test_the_scorer_refuses_a_softmax_without_its_maximum(tmp_path):
+    body = "class ModelNew(torch.nn.Module):\n    def __init__(self, scale, chunks):\n        super().__init__()\n"
+    body += "        self.scale = scale\n    def forward(self, q, k, v):\n"
+    body += "        q, k, v = (x.transpose(1, 2) for x in (q, k, v))\n"
+    body += "        e = (self.scale * q @ k.transpose(2, 3)).exp()\n"
+    body += "        return (e / e.sum(-1, keepdim=True) @ v).transpose(1, 2)\n"
+    path = script(tmp_path, ATTENTION.name, body)
+    row = kernelbench.judge(ATTENTION, path, "cpu", 2)
+    assert not row["correct"] and "result is wrong" in row["why_not"]
+    stable = body.replace(
+        "(self.scale * q @ k.transpose(2, 3)).exp()", "(self.scale * q @ k.transpose(2, 3)).softmax(-1)"
+    )
+    row = kernelbench.judge(ATTENTION, script(tmp_path, ATTENTION.name, stable), "cpu", 2)
+    assert row["correct"], row
 
 
 def test_the_scorers_clock_sees_no_numbers_twice(tmp_path):
@@ -502,6 +582,9 @@ def test_the_campaign_can_be_rehearsed_on_a_cpu(tmp_path):
     assert {file.name for file in tmp_path.iterdir()} >= {"kernels.csv", "latency.csv", "training.json", "compile.json"}
     ran = {line["op"].split()[0] for line in results.read(tmp_path / "kernels.csv")}
     assert ran == {"ceiling", "product", "reconstruct", *OPERATORS} - {"normalise_rows"}
+    rows = results.read(tmp_path / "kernels.csv")
+    timed = {line["provider"] for line in rows if line["statistic"] == "median_us"}
+    assert timed >= {"reference", "auto", "engine", "compile", "compile-max-autotune", "sdpa-math", "products"}
 
 
 def test_the_campaign_lists_what_it_would_run(tmp_path):

@@ -73,3 +73,6 @@ def test_opcheck(backend):
 def test_errors_name_what_was_given():
     with pytest.raises(InputError, match=r"streams is torch.int32 \[2\]; wanted int64 \[N\]"):
         ops.noise(torch.arange(2, dtype=torch.int32), 0, 1, 4)
+    for seed in (torch.arange(2), torch.zeros(3)):
+        with pytest.raises(InputError, match=r"streams \[3\]: wanted int64, \[\] or \[N\]"):
+            ops.noise(torch.arange(3), seed, 1, 4)

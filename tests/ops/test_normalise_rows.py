@@ -66,6 +66,10 @@ def test_strided_input_and_opcheck(backend):
     x, weight, bias = randn(6, 8).T, randn(6, seed=1), randn(6, seed=2)
     got = ops.normalise_rows(x, weight, bias, 1e-5, backend=backend)
     assert torch.equal(got, ops.normalise_rows(x.contiguous(), weight, bias, 1e-5, backend=backend))
+    wide = weight.repeat_interleave(2)[::2], bias.repeat_interleave(2)[::2]
+    assert torch.equal(got, ops.normalise_rows(x, *wide, 1e-5, backend=backend))
+    with pytest.raises(RuntimeError, match="x must be float32 or bfloat16"):
+        SPEC.overloads[backend](x.byte().contiguous(), None, None, 1e-5, 1.0, 0, torch.float32)
     torch.library.opcheck(SPEC.overloads[backend], (x.contiguous(), weight, bias, 1e-5, 0.5, 3, torch.uint8))
 
 

@@ -167,6 +167,24 @@ WRONG = {
     "mean": ((IMAGES, ORDER, 4, MEAN[:2], STD), {}, InputError, "hold 2 and 3 numbers; images have 3"),
     "half": ((IMAGES, ORDER, 4, MEAN, STD), {"signal": ONES}, InputError, "give both or neither"),
     "noise": ((IMAGES, ORDER, 4, MEAN, STD), {"signal": ONES, "level": ONES}, InputError, "need noise, or seed"),
+    "one signal": (
+        (IMAGES, ORDER, 4, MEAN, STD),
+        {"signal": ONES[:1], "level": ONES, "noise": IMAGES},
+        InputError,
+        r"signal is \[1\], images \[2, 3, 8, 8\]: wanted \[2\]",
+    ),
+    "one picture's noise": (
+        (IMAGES, ORDER, 4, MEAN, STD),
+        {"signal": ONES, "level": ONES, "noise": IMAGES[:1]},
+        InputError,
+        r"noise is \[1, 3, 8, 8\], images \[2, 3, 8, 8\]: wanted \[2, 3, 8, 8\]",
+    ),
+    "one stream": (
+        (IMAGES, ORDER, 4, MEAN, STD),
+        {"signal": ONES, "level": ONES, "seed": 1, "streams": torch.arange(1)},
+        InputError,
+        r"streams is \[1\]",
+    ),
     "device": ((IMAGES, ORDER.to("meta"), 4, MEAN, STD), {}, InputError, "images is on cpu, but order is on meta"),
 }
 
