@@ -1,5 +1,6 @@
 """The command line: what each command writes, skips and refuses, its messages and its exit codes."""
 
+import errno
 import json
 import os
 import re
@@ -182,7 +183,15 @@ def test_suffix_jpeg_agrees_with_format_jpg(tmp_path, photos, purify):
     assert Image.open(tmp_path / "b.JPEG").format == "JPEG"
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), MemoryError()], ids=["GPU", "host"])
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory."),
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+    ],
+    ids=["GPU", "host", "torch's allocator"],
+)
 def test_a_picture_that_does_not_fit_in_memory_is_named_and_the_rest_goes_on(
     tmp_path, photos, purify, monkeypatch, error
 ):
@@ -200,6 +209,30 @@ def test_a_picture_that_does_not_fit_in_memory_is_named_and_the_rest_goes_on(
     code, text, errors = purify(photos, "-o", tmp_path / "out", "--recursive")
     assert code == 1 and files(tmp_path / "out") == ["a.png", "sub/c.png"]
     assert "b.jpg does not fit in memory" in " ".join(errors.split())
+
+
+def test_a_sub_folder_that_cannot_be_listed_is_named_and_the_rest_goes_on(tmp_path, photos, purify, monkeypatch):
+    real = os.scandir
+
+    def scandir(place):
+        if os.fspath(place) == os.fspath(photos / "sub"):
+            raise PermissionError(errno.EACCES, "Permission denied", os.fspath(place))
+        return real(place)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    code, text, errors = purify(photos, "-o", tmp_path / "out", "--recursive")
+    monkeypatch.undo()
+    assert (code, errors) == (1, f"error: {photos / 'sub'} cannot be listed: Permission denied.\n")
+    assert text.startswith("purified 2, skipped 0, failed 1; ")
+    assert files(tmp_path / "out") == ["a.png", "b.png"]
+
+
+def test_colour_profile_comes_through(tmp_path, purify):
+    source = tmp_path / "a.png"
+    Image.new("RGB", (8, 8)).save(source, icc_profile=b"a profile")
+    for name in ("b.png", "b.jpg", "b.webp"):
+        purify(source, "-o", tmp_path / name)
+        assert Image.open(tmp_path / name).info["icc_profile"] == b"a profile"
 
 
 def test_ctrl_c_ends_cleanly_and_the_same_command_goes_on(tmp_path, photos, purify, monkeypatch):

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import warnings
 
 import numpy as np
 import pytest
@@ -223,6 +224,21 @@ def test_own_limit_of_pixels():
         decode_image(data, "it", max_pixels=191)
     with pytest.raises(InputError, match="max_pixels=1,000,000,000: Pillow opens at most"):
         decode_image(data, "it", max_pixels=10**9)
+
+
+def test_own_limit_may_lie_above_pillows(monkeypatch):
+    data, _ = encode_image("a.png", pixels(12, 16))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    assert decode_image(data, "it", max_pixels=200).rgb.shape == (12, 16, 3)
+    with pytest.raises(InputError, match=r"max_pixels=201: Pillow opens at most 200 pixels, twice PIL\.Image\.MAX"):
+        decode_image(data, "it", max_pixels=201)
+
+
+def test_decoding_in_threads_leaves_the_filters_of_warnings_alone(monkeypatch):
+    data, _ = encode_image("a.png", pixels(12, 16))
+    with monkeypatch.context() as patch:  # pytest itself calls it, at a test's end
+        patch.setattr(warnings, "catch_warnings", None)  # which would change them for all threads
+        assert decode_image(data, "it").rgb.shape == (12, 16, 3)
 
 
 def test_a_picture_beyond_the_memory_is_named(tmp_path, monkeypatch):

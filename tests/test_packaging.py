@@ -44,6 +44,12 @@ def test_build_that_cannot_be_is_refused(tree, mode, sentence):
     assert sentence in run.stderr
 
 
+def test_build_counts_its_compilers_where_the_system_names_no_memory(tree):
+    code = 'import os, runpy, torch; del os.sysconf_names; runpy.run_path("setup.py", run_name="__main__")'
+    run = build(tree, "none", "-c", code, "--version")
+    assert run.returncode == 0, run.stderr
+
+
 @pytest.mark.slow
 def test_wheel_holds_the_package_and_nothing_else(tree):
     run = build(tree, "none", "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", "dist", ".")

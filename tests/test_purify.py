@@ -207,6 +207,14 @@ def test_given_draws_take_the_place_of_seed_and_streams():
             purify(images, draws=draws, image_step=7)
 
 
+def test_blended_pictures_are_divided_where_they_lie(monkeypatch):
+    made, zeros_like = [], torch.zeros_like
+    monkeypatch.setattr(torch, "zeros_like", lambda x: made.append(zeros_like(x)) or made[-1])
+    images = random_images(1, 3, 40, 40)
+    blended = over_tiles(images, Tiling.of(SMALL, 40, 40), lambda tiles, image, place: tiles, None)
+    assert close(blended, images) and blended.untyped_storage().data_ptr() == made[0].untyped_storage().data_ptr()
+
+
 def test_max_batch_by_default_bounds_the_tiles_of_a_call(monkeypatch):
     stand = Stand()
     monkeypatch.setattr("impure_fast.purify.TILE_MEMORY", 2**20)

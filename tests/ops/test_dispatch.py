@@ -187,6 +187,8 @@ def test_compiled_parts_tell_how_they_were_built():
     assert re.match(r"\d+\.", told["compiler"])
     if not _native.why_not("cpu"):
         assert told["cpu_isa"] in INSTRUCTION_SETS
+    said = re.split(r"[\s:,.]+", import_module("impure_fast._info").cpu_isa.__doc__)
+    assert set(INSTRUCTION_SETS) <= set(said)
     if (_native.PACKAGE / "_cuda.abi3.so").exists() and not _native.why_not("cuda"):
         kernels = import_module("impure_fast._info").cuda_kernels(str(_native.PACKAGE / "_cuda.abi3.so"))
         assert any("attention_forward" in kernel["name"] for kernel in kernels)

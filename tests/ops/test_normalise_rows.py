@@ -1,5 +1,10 @@
 """normalise_rows: layer norm and conversion against fp64 truth, whatever computes them."""
 
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -71,6 +76,18 @@ def test_strided_input_and_opcheck(backend):
     with pytest.raises(RuntimeError, match="x must be float32 or bfloat16"):
         SPEC.overloads[backend](x.byte().contiguous(), None, None, 1e-5, 1.0, 0, torch.float32)
     torch.library.opcheck(SPEC.overloads[backend], (x.contiguous(), weight, bias, 1e-5, 0.5, 3, torch.uint8))
+
+
+def test_clang_sees_no_builtin_that_gcc_alone_has():
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    sources = [*(Path(__file__).parents[2] / "csrc" / "cpu").glob("*.cpp")]
+    if not compiler or not sources:
+        pytest.skip("needs a C++ compiler and the native sources")
+    line = [compiler, "-E", "-std=c++20", "-D__clang__", f"-I{sources[0].parents[1]}"]
+    for source in sources:
+        text = subprocess.run([*line, source], capture_output=True, text=True).stdout
+        assert "namespace impure_fast" in text, source
+        assert "__builtin_shuffle(" not in text, source
 
 
 def test_errors_name_what_was_given():

@@ -155,5 +155,7 @@ def test_errors_name_what_was_given():
         ops.patch_assemble(patches[:, :, :40], order, 4, 4)
     with pytest.raises(InputError, match=r"weight is \[1, 3, 3, 3\]; wanted \[3, 3, 3, 3\]"):
         ops.patch_assemble(patches, order, 4, 4, weight[:1], bias)
+    with pytest.raises(InputError, match=r"bias is \[2\]; wanted \[3\]"):
+        ops.patch_assemble(patches, order, 4, 4, weight, bias[1:])
     with pytest.raises(InputError, match="patches is on cpu, but order is on meta"):
         ops.patch_assemble(patches, order.to("meta"), 4, 4)

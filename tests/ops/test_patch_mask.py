@@ -185,6 +185,12 @@ WRONG = {
         InputError,
         r"streams is \[1\]",
     ),
+    "level's device": (
+        (IMAGES, ORDER, 4, MEAN, STD),
+        {"signal": ONES, "level": ONES.to("meta"), "noise": IMAGES},
+        InputError,
+        "images is on cpu, but level is on meta",
+    ),
     "device": ((IMAGES, ORDER.to("meta"), 4, MEAN, STD), {}, InputError, "images is on cpu, but order is on meta"),
 }
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import io
 import random
 import threading
 import time
@@ -13,7 +14,7 @@ from PIL import Image
 from torch import nn
 
 from impure_fast import Engine, zoo
-from impure_fast.errors import ConfigError
+from impure_fast.errors import ConfigError, InputError
 from impure_fast.images import read_image
 from impure_fast.purify import to_float
 
@@ -155,6 +156,16 @@ def test_a_picture_comes_back_purified(port, engine, format, options, tmp_path):
 def test_without_a_seed_every_answer_differs(port):
     body = encoded(pixels(20, 20))
     assert post(port, "/purify", body).body != post(port, "/purify", body).body
+
+
+def test_colour_profile_comes_through(port):
+    body = encoded(pixels(20, 20), icc_profile=b"a profile")
+    assert Image.open(io.BytesIO(post(port, "/purify", body).body)).info["icc_profile"] == b"a profile"
+
+
+def test_more_pixels_than_pillow_opens_are_refused_at_the_start():
+    with pytest.raises(InputError, match=r"^max_pixels=1,000,000,000: Pillow opens at most "):
+        Service(Settings(max_pixels=10**9))
 
 
 def test_alpha_comes_through(port):
