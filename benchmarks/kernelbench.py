@@ -7,6 +7,7 @@ with the truth computed only afterwards, and every way to look fast without work
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 import math
@@ -172,12 +173,13 @@ def judge(problem: Problem, path: str, device: str, rounds: int) -> dict[str, An
             raise FoulError("It has no class ModelNew.")
         solution = model(*problem.options.values()).to(device)
         inputs = problem.make(torch.float32, device, secrets.randbits(62))
-        kept = _examine(problem, solution, inputs, precision).result
-        _examine(problem, solution, _refill(problem, inputs, far=True), precision)
+        examine = functools.partial(_examine, problem, solution, precision)
+        kept = examine(inputs).result
+        examine(_far(problem, problem.refill(inputs, secrets.randbits(62))))
         before = [x.clone() for x in kept]
-        own, mine = _race(problem, solution, device, rounds, precision)
+        own, mine = _race(problem, examine, device, rounds)
         # The same addresses with other numbers: whoever remembers results by address gives the old ones.
-        _examine(problem, solution, _refill(problem, inputs), precision)
+        examine(problem.refill(inputs, secrets.randbits(62)))
         if any(not torch.equal(x, y) for x, y in zip(kept, before, strict=True)):
             raise FoulError("A later call changed a result that was handed out before.")
     except Exception as caught:
@@ -198,13 +200,9 @@ def _precision() -> tuple[Any, ...]:
     return torch.get_float32_matmul_precision(), cuda.allow_tf32, cudnn.allow_tf32, reduced, torch.get_default_dtype()
 
 
-def _refill(problem: Problem, inputs: tuple[Tensor, ...], far: bool = False) -> tuple[Tensor, ...]:
-    """Other numbers in the same memory.  far: attention's scores beyond what exp can take, each query's by one amount,
-    which a softmax must not see."""
-    fresh = problem.make(torch.float32, str(inputs[0].device), secrets.randbits(62))
-    for x, y in zip(inputs, fresh, strict=True):
-        x.copy_(y)
-    if far and problem.op == "reconstruction_attention":
+def _far(problem: Problem, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Attention's scores beyond what exp can take, each query's by one amount, which a softmax must not see."""
+    if problem.op == "reconstruction_attention":
         for x in inputs[:2]:
             x[..., 0] = FAR
     return inputs
@@ -235,7 +233,7 @@ def _call(call: Callable[..., Any], inputs: tuple[Tensor, ...]) -> Called:
 
 
 def _examine(
-    problem: Problem, solution: Callable[..., Any], inputs: tuple[Tensor, ...], precision: tuple[Any, ...]
+    problem: Problem, solution: Callable[..., Any], precision: tuple[Any, ...], inputs: tuple[Tensor, ...]
 ) -> Called:
     """The solution called on these inputs, or FoulError.  Every call is the same: none can be told from the others."""
     before = [x.clone() for x in inputs]
@@ -273,9 +271,7 @@ def _settle(device: str) -> None:
     _sleep(0.05)
 
 
-def _race(
-    problem: Problem, solution: Callable[..., Any], device: str, rounds: int, precision: tuple[Any, ...]
-) -> tuple[float, float]:
+def _race(problem: Problem, examine: Callable[..., Called], device: str, rounds: int) -> tuple[float, float]:
     """Median seconds of (reference, solution), in pairs whose order is drawn, each on inputs of its own that are made
     right before its clock starts and hold numbers that no call had before.  Every result is examined.
     """
@@ -286,7 +282,7 @@ def _race(
         for mine in (mine_first, 1 - mine_first):
             inputs = problem.make(torch.float32, device, seed)
             if mine:
-                taken[1].append(_examine(problem, solution, inputs, precision)._replace(result=[]))
+                taken[1].append(examine(inputs)._replace(result=[]))
             else:
                 with torch.inference_mode():
                     kept.append(_call(problem.reference, inputs))

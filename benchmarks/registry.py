@@ -93,6 +93,12 @@ class Problem:
             made += x.unbind(2) if " " in names else [x]
         return tuple(made)
 
+    def refill(self, inputs: tuple[Tensor, ...], seed: int) -> tuple[Tensor, ...]:
+        """Other numbers in the memory of ``make``'s inputs."""
+        for x, y in zip(inputs, self.make(inputs[0].dtype, str(inputs[0].device), seed), strict=True):
+            x.copy_(y)
+        return inputs
+
     def leaves(self, inputs: tuple[Tensor, ...]) -> list[Tensor]:
         """The inputs as the start of a new graph."""
         pairs = zip(self.names, inputs, strict=True)
