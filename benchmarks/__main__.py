@@ -124,8 +124,9 @@ def _overhead(options: argparse.Namespace) -> None:
 def _ceilings(options: argparse.Namespace) -> None:
     rows: list[dict[str, Any]] = []
     for row in ceiling_rows(options.dtypes, options.device, options.rounds, options.small):
-        speed = f"{row['gflops']:.1f} GFLOP/s" if "gflops" in row else f"{row['gbytes_per_s']:.1f} GB/s"
-        print(f"{row['op']} {row['shape']:16} {row['dtype']:9} {row['provider']:7} {speed}", flush=True)
+        units = {"gflops": "GFLOP/s", "gbytes_per_s": "GB/s", "median_us": "us"}
+        speed = next(f"{row[key]:.1f} {unit}" for key, unit in units.items() if key in row)
+        print(f"{row['op']} {row['shape']:16} {row['dtype']:9} {row['provider']:17} {speed}", flush=True)
         _keep(options, rows, [row])
 
 

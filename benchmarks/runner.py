@@ -139,6 +139,41 @@ def products(weight: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:
     return found
 
 
+def variants(weight: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:
+    """{provider: x -> x weight^T} with something fused, and on a GPU in a narrower arithmetic: no ceiling of the dtype.
+
+    in place: added to a residual; gelu: through its epilogue; tf32 of float32; fp8 of bfloat16, the input converted
+    beforehand, with the tensor cores' own sums and with those in float32.  Inner sizes in fp8 are multiples of 16.
+    """
+    bias, across = weight.new_zeros(len(weight)), weight.t()
+    residual = functools.cache(lambda rows: weight.new_zeros(rows, len(weight)))
+    found: dict[str, Callable[[Tensor], Tensor]] = {
+        "in place": lambda x: residual(len(x)).addmm_(x, across),
+        "gelu": lambda x: torch._addmm_activation(bias, x, across, use_gelu=True),
+    }
+    if weight.device.type == "cuda" and weight.dtype == torch.float32:
+        found["tf32"] = functools.partial(_tf32, weight)
+    if weight.device.type == "cuda" and weight.dtype == torch.bfloat16 and torch.cuda.get_device_capability() >= (8, 9):
+        found["fp8"] = functools.partial(_fp8(weight), use_fast_accum=True)
+        found["fp8, float32 sums"] = functools.partial(_fp8(weight), use_fast_accum=False)
+    return found
+
+
+def _tf32(weight: Tensor, x: Tensor) -> Tensor:
+    was = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        return torch.nn.functional.linear(x, weight)
+    finally:
+        torch.set_float32_matmul_precision(was)
+
+
+def _fp8(weight: Tensor) -> Callable[..., Tensor]:
+    across, one = weight.to(torch.float8_e4m3fn).t(), torch.ones((), device=weight.device)
+    narrow = functools.cache(lambda x: x.to(torch.float8_e4m3fn))
+    return lambda x, **options: torch._scaled_mm(narrow(x), across, one, one, out_dtype=weight.dtype, **options)
+
+
 def _clock(call: Callable[[], Any], device: str, capture: bool = True) -> Clock:
     """A warmed call's clock."""
     for _ in range(2):
@@ -362,7 +397,10 @@ PRODUCTS = [
 
 
 def ceiling_rows(dtypes: list[str], device: str, rounds: int, small: bool) -> Iterator[dict[str, Any]]:
-    """The machine's ceilings, and what it reaches on the network's own products."""
+    """The machine's ceilings, what a launch costs, and what is reached on the network's own products.
+
+    copy in cache: 10 MB, ten times; launch: one of 156 additions of a number, as many as a pass of the engine has.
+    """
     for name in dtypes:
         dtype = getattr(torch, name)
         base = {"dtype": name, "mode": "forward", "provider": "torch", "machine": machine(device)}
@@ -370,9 +408,11 @@ def ceiling_rows(dtypes: list[str], device: str, rounds: int, small: bool) -> It
         board = _board(device)
         yield {**base, "op": "ceiling", "shape": "copy", "gbytes_per_s": round(copy / 1e9, 1)}
         yield {**base, "op": "ceiling", "shape": "product", "gflops": round(product / 1e9, 1)} | board
-        for m, k, n in PRODUCTS[:1] if small else PRODUCTS:
+        yield from ({**base, "op": "ceiling"} | row for row in _small_ceilings(dtype, device))
+        square = (8192, 8192, 8192) if device == "cuda" else (1024, 1024, 1024)
+        for m, k, n in PRODUCTS[:1] if small else (square, *PRODUCTS):
             x, weight = (torch.randn(shape, device=device).to(dtype) for shape in ((m, k), (n, k)))
-            for provider, multiply in products(weight).items():
+            for provider, multiply in (products(weight) | variants(weight)).items():
                 with torch.inference_mode():
                     clock = _clock(functools.partial(multiply, x), device)
                     taken = [clock.read(1) for _ in range(rounds)]
@@ -380,6 +420,21 @@ def ceiling_rows(dtypes: list[str], device: str, rounds: int, small: bool) -> It
                 row |= _figures(taken, None, (0.0, 0.0), (copy, product))
                 row["gflops"] = round(2e-9 * m * k * n / statistics.median(taken), 1)
                 yield row
+
+
+def _small_ceilings(dtype: torch.dtype, device: str) -> Iterator[dict[str, Any]]:
+    source = torch.rand((10 << 20) // dtype.itemsize, device=device).to(dtype)
+    target, number = torch.empty_like(source), torch.zeros(1, device=device, dtype=dtype)
+
+    def best(call: Callable[[Tensor], Any], on: Tensor, times: int, capture: bool) -> float:
+        clock = _clock(lambda: [call(on) for _ in range(times)], device, capture)
+        return min(clock.read(1) for _ in range(5)) / times
+
+    with torch.inference_mode():
+        copied = best(target.copy_, source, 10, True)
+        yield {"shape": "copy in cache", "gbytes_per_s": round(2e-9 * source.nbytes / copied, 1)}
+        for way, capture in {"eager": False, "graph": True}.items() if device == "cuda" else [("eager", False)]:
+            yield {"shape": f"launch, {way}", "median_us": round(1e6 * best(number.add_, number, 156, capture), 3)}
 
 
 def overhead(rounds: int) -> list[dict[str, Any]]:

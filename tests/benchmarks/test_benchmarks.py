@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +18,7 @@ from benchmarks.__main__ import main
 from benchmarks.authors import Authors
 from benchmarks.providers import load, providers
 from benchmarks.registry import PROBLEMS, network_flops, problems
-from benchmarks.runner import ceiling_rows, error, measure, oracle, products, result
+from benchmarks.runner import _fp8, _tf32, ceiling_rows, error, measure, oracle, products, result, variants
 from impure_fast.errors import InputError, MissingFileError
 from impure_fast.ops._lib import OPERATORS
 
@@ -203,10 +204,22 @@ def test_the_strongest_compiled_baseline_has_its_weights_as_constants(monkeypatc
 
 
 def test_the_machines_ceilings_are_measured():
-    copy, product, *network = ceiling_rows(["float32"], "cpu", 1, small=True)
-    assert copy["gbytes_per_s"] > 0 and product["gflops"] > 0
-    assert [row["provider"] for row in network] == list(products(torch.zeros(1, 1)))
+    copy, product, cached, launch, *network = ceiling_rows(["float32"], "cpu", 1, small=True)
+    assert copy["gbytes_per_s"] > 0 and product["gflops"] > 0 and cached["gbytes_per_s"] > 0 and launch["median_us"] > 0
+    weight = torch.zeros(1, 1)
+    assert [row["provider"] for row in network] == [*products(weight), *variants(weight)]
     assert all(row["gflops"] > 0 and row["median_us"] > 0 for row in network)
+
+
+def test_what_is_timed_as_a_product_is_one():
+    x, weight = torch.randn(48, 64, dtype=torch.bfloat16), torch.randn(32, 64, dtype=torch.bfloat16)
+    truth = x.double() @ weight.double().T
+    ways = products(weight) | variants(weight) | {"fp8": _fp8(weight), "tf32": partial(_tf32, weight)}
+    for name, multiply in ways.items():
+        wanted = torch.nn.functional.gelu(truth, approximate="tanh") if name == "gelu" else truth
+        off = (multiply(x).double() - wanted).norm() / wanted.norm()
+        assert off < (0.1 if name == "fp8" else 0.01), name
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 def test_unknown_providers_and_files_are_named(tmp_path):
