@@ -48,81 +48,75 @@ struct Tile16 : Pair16 {
   __attribute__((noinline)) static void multiply(int64_t rows, int64_t lanes, int64_t length,
                                                  Factor<float> a, Rows2D<float> b, Rows2D<float> c,
                                                  bool add) {
-    for (int64_t i = 0; i < rows; i += kSide) {
-      for (int64_t at = 0; at < lanes; at += 4 * kSide) {
-        const int64_t tiles = smaller(4, (lanes - at) / kSide);
-        const auto go = tiles == 1   ? row_of_tiles<1>
-                        : tiles == 2 ? row_of_tiles<2>
-                        : tiles == 3 ? row_of_tiles<3>
-                                     : row_of_tiles<4>;
-        go(length, {a.data + i * a.row, a.row, a.column}, {b.data + at, b.row}, {c[i] + at, c.row},
-           add);
+    for (int64_t at = 0; at < lanes; at += 2 * kSide) {
+      const bool wide = lanes - at > kSide;
+      for (int64_t i = 0; i < rows; i += 2 * kSide) {
+        const bool tall = rows - i > kSide;
+        const auto go = tall   ? (wide ? block<2, 2> : block<2, 1>)
+                        : wide ? block<1, 2>
+                               : block<1, 1>;
+        go(length, {a.data + i * a.row, a.row, 1}, {b.data + at, b.row}, {c[i] + at, c.row}, add);
       }
     }
   }
 
  private:
-  // Sums in tiles 0 to 3, A in 4, B in 5 and 6.
-  template <int kTiles>
-  static void row_of_tiles(int64_t length, Factor<float> a, Rows2D<float> b, Rows2D<float> c,
-                           bool add) {
-    asm volatile("" ::: "memory");  // the intrinsics do not say that they read
-    each<kTiles>(
-        [&](auto tile) { add ? load_sums(tile, c.data + tile * kSide, c.row) : zero_sums(tile); });
-    alignas(64) float part[kSide][kSide];
+  // Up to 2 x 2 tiles of C, so that every tile of A and of B is used twice: C in tiles 0 to 3,
+  // A in 4 and 5, B in 6 and 7.
+  template <int kTall, int kWide>
+  static void block(int64_t length, Factor<float> a, Rows2D<float> b, Rows2D<float> c, bool add) {
+    const auto each = [](auto work) {
+      work(Number<0>(), Number<0>());
+      if constexpr (kWide > 1) work(Number<0>(), Number<1>());
+      if constexpr (kTall > 1) work(Number<1>(), Number<0>());
+      if constexpr (kTall * kWide > 3) work(Number<1>(), Number<1>());
+    };
+    const auto sums = [&](int i, int j) { return c[i * kSide] + j * kSide; };
+    each([&](auto i, auto j) {
+      add ? load_tile<2 * i + j>(sums(i, j), c.row) : zero_tile<2 * i + j>();
+    });
     for (int64_t j = 0; j < length; j += kSide, a.data += kSide, b.data += kSide * b.row) {
-      const bool whole = j + kSide <= length;
-      for (int64_t i = 0; !whole && i < kSide; ++i) {
-        store(part[i], load_part(a.data + i * a.row, (length - j) * sizeof(float)));
-      }
-      asm volatile("" ::: "memory");
-      _tile_loadd(4, whole ? a.data : part[0], 4 * (whole ? a.row : kSide));
-      each<kTiles>([&](auto tile) { add_product(tile, b.data + tile * kSide, b.row); });
+      load_factor<4>(a, length - j);
+      if constexpr (kTall > 1) load_factor<5>({a.data + kSide * a.row, a.row, 1}, length - j);
+      load_tile<6>(b.data, b.row);
+      if constexpr (kWide > 1) load_tile<7>(b.data + kSide, b.row);
+      each([](auto i, auto j) { add_product<2 * i + j, 4 + i, 6 + j>(); });
     }
-    each<kTiles>([&](auto tile) { store_sums(tile, c.data + tile * kSide, c.row); });
+    each([&](auto i, auto j) { store_tile<2 * i + j>(sums(i, j), c.row); });
   }
 
-  template <int kTiles, class Work>
-  static void each(Work work) {
-    work(std::integral_constant<int, 0>());
-    if constexpr (kTiles > 1) work(std::integral_constant<int, 1>());
-    if constexpr (kTiles > 2) work(std::integral_constant<int, 2>());
-    if constexpr (kTiles > 3) work(std::integral_constant<int, 3>());
+  template <int kNumber>
+  using Number = std::integral_constant<int, kNumber>;
+
+  template <int kTile>
+  static void load_factor(Factor<float> a, int64_t words) {
+    words < kSide ? load_part_factor<kTile>(a, words) : load_tile<kTile>(a.data, a.row);
+  }
+  template <int kTile>
+  __attribute__((noinline)) static void load_part_factor(Factor<float> a, int64_t words) {
+    alignas(64) float part[kSide][kSide];
+    for (int64_t i = 0; i < kSide; ++i) {
+      store(part[i], load_part(a.data + i * a.row, words * sizeof(float)));
+    }
+    load_tile<kTile>(part[0], kSide);
   }
 
-  // A tile's number is part of its instructions.
+  // The intrinsics take a tile's number as text alone, and do not say that they touch memory.
   template <int kTile>
-  static void zero_sums(std::integral_constant<int, kTile>) {
-    if constexpr (kTile == 0) _tile_zero(0);
-    if constexpr (kTile == 1) _tile_zero(1);
-    if constexpr (kTile == 2) _tile_zero(2);
-    if constexpr (kTile == 3) _tile_zero(3);
+  static void zero_tile() {
+    asm volatile("tilezero %%tmm%c0" ::"i"(kTile));
   }
   template <int kTile>
-  static void load_sums(std::integral_constant<int, kTile>, const float* from, int64_t row) {
-    if constexpr (kTile == 0) _tile_loadd(0, from, 4 * row);
-    if constexpr (kTile == 1) _tile_loadd(1, from, 4 * row);
-    if constexpr (kTile == 2) _tile_loadd(2, from, 4 * row);
-    if constexpr (kTile == 3) _tile_loadd(3, from, 4 * row);
+  static void load_tile(const float* from, int64_t row) {
+    asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(4 * row), "i"(kTile) : "memory");
   }
   template <int kTile>
-  static void store_sums(std::integral_constant<int, kTile>, float* to, int64_t row) {
-    if constexpr (kTile == 0) _tile_stored(0, to, 4 * row);
-    if constexpr (kTile == 1) _tile_stored(1, to, 4 * row);
-    if constexpr (kTile == 2) _tile_stored(2, to, 4 * row);
-    if constexpr (kTile == 3) _tile_stored(3, to, 4 * row);
+  static void store_tile(float* to, int64_t row) {
+    asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(4 * row), "i"(kTile) : "memory");
   }
-  template <int kTile>
-  static void add_product(std::integral_constant<int, kTile>, const float* from, int64_t row) {
-    if constexpr (kTile % 2 == 0) {
-      _tile_loadd(5, from, 4 * row);
-    } else {
-      _tile_loadd(6, from, 4 * row);
-    }
-    if constexpr (kTile == 0) _tile_dpbf16ps(0, 4, 5);
-    if constexpr (kTile == 1) _tile_dpbf16ps(1, 4, 6);
-    if constexpr (kTile == 2) _tile_dpbf16ps(2, 4, 5);
-    if constexpr (kTile == 3) _tile_dpbf16ps(3, 4, 6);
+  template <int kSum, int kA, int kB>
+  static void add_product() {
+    asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSum), "i"(kA), "i"(kB));
   }
 };
 

@@ -399,7 +399,8 @@ class Head {
     if constexpr (S::kTiled) {  // tiles take the weights as they lie if they come second
       const Matrix sums_lanes{sums_lanes_.data, lanes};
       zero(weights, key_words_, columns.row);
-      multiply<S>(sums.row, lanes, key_words_, {columns.data, columns.row, 1}, weights, sums_lanes);
+      multiply<S>(sums.row, lanes, columns.row, {columns.data, columns.row, 1}, weights,
+                  sums_lanes);
       transpose<S>(sums_lanes, sums.row, lanes, sums);
     } else {
       multiply<S>(queries, sums.row, key_words_, {weights.data, 1, lanes}, pairs, sums);
