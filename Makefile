@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
+BUILT := impure_fast/_build.json
 EXTRAS := cli,timm,hub,demo,app,attack,perceptual,evaluate,art,train,bench,onnx,serve,docs,dev
 BUILD_TOOLS := setuptools wheel ninja pybind11
 
@@ -12,7 +13,7 @@ BUILD_TOOLS := setuptools wheel ninja pybind11
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
-setup: $(STAMP) ## install the package, editable, with all extras into .venv
+setup: $(BUILT) ## install the package, editable, with all extras into .venv
 
 # pip builds this package before it installs torch, so the native parts come after.
 $(STAMP): pyproject.toml setup.py constraints.txt
@@ -21,16 +22,19 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade -c constraints.txt pip $(BUILD_TOOLS)
 	IMPURE_FAST_BUILD=none $(BIN)/python -m pip install --no-build-isolation -c constraints.txt -e ".[$(EXTRAS)]"
-	$(BIN)/python setup.py build_ext --inplace
 	touch $@
 
-demo: $(STAMP) ## attack a classifier and defend it: demo.json, demo.png
+$(BUILT): $(STAMP) $(shell find csrc -type f)
+	$(BIN)/python setup.py build_ext --inplace
+	touch $@  # it may have said the same before
+
+demo: $(BUILT) ## attack a classifier and defend it: demo.json, demo.png
 	$(BIN)/impure-fast demo --json demo.json --output demo.png
 
-test: $(STAMP) ## run the tests
+test: $(BUILT) ## run the tests
 	$(BIN)/python -m pytest -q -n logical --maxprocesses 4 --dist loadfile
 
-test-slow: $(STAMP) ## run the slow tests
+test-slow: $(BUILT) ## run the slow tests
 	$(BIN)/python -m pytest -q -m slow
 
 # One compiled library serves every torch from 2.11: it is built with the newest and tested with the oldest (whose
@@ -67,7 +71,7 @@ docs: $(STAMP) ## build the site into build/docs; warnings are errors
 linkcheck: $(STAMP) ## ask for every outside link of the site; needs a network
 	$(BIN)/python -m sphinx -W --keep-going -q -d build/doctrees -b linkcheck docs build/linkcheck
 
-bench: $(STAMP) ## run the benchmarks
+bench: $(BUILT) ## run the benchmarks
 	$(BIN)/python -m benchmarks run
 
 clean: ## remove what was built; the next target sets up again

@@ -125,7 +125,7 @@ def _ceilings(options: argparse.Namespace) -> None:
     rows: list[dict[str, Any]] = []
     for row in ceiling_rows(options.dtypes, options.device, options.rounds, options.small):
         units = {"gflops": "GFLOP/s", "gbytes_per_s": "GB/s", "median_us": "us"}
-        speed = next(f"{row[key]:.1f} {unit}" for key, unit in units.items() if key in row)
+        speed = next((f"{row[key]:.1f} {unit}" for key, unit in units.items() if key in row), row.get("why_not"))
         print(f"{row['op']} {row['shape']:16} {row['dtype']:9} {row['provider']:17} {speed}", flush=True)
         _keep(options, rows, [row])
 

@@ -104,19 +104,28 @@ def read(path: str | Path = CSV) -> list[dict[str, str]]:
 
 
 def latest(entries: list[dict[str, str]]) -> dict[tuple[str, ...], dict[str, dict[str, str]]]:
-    """{(device, dtype, op, shape, provider, mode): {statistic: its last line}}."""
-    found: dict[tuple[str, ...], dict[str, dict[str, str]]] = defaultdict(dict)
+    """{(device, dtype, op, shape, provider, mode): {statistic: its line of the last run}}."""
+    found: dict[tuple[str, ...], dict[str, dict[str, str]]] = {}
     for line in entries:
-        found[(line["device"], *(line[key] for key in _KEYS))][line["statistic"]] = line
+        case = found.setdefault(_case(line), {})
+        if any(old["date"] != line["date"] for old in case.values()):
+            case.clear()
+        case[line["statistic"]] = line
     return found
+
+
+def _case(line: dict[str, str]) -> tuple[str, ...]:
+    return line["device"], *(line[key] for key in _KEYS)
 
 
 def _ratios(entries: list[dict[str, str]]) -> list[tuple[tuple[str, ...], float, str]]:
     """(key, times as fast as the fastest baseline of the same commit, source) of what is ours."""
     runs: dict[tuple[str, ...], dict[str, float]] = defaultdict(dict)
     strong: dict[tuple[str, ...], list[float]] = defaultdict(list)  # a campaign measures some in other processes
+    withdrawn = {case for case, last in latest(entries).items() if "why_not" in last}
     for line in entries:
-        if line["statistic"] == "median_us" and "interpreter" not in line["versions"]:
+        wanted = line["statistic"] == "median_us" and "interpreter" not in line["versions"]
+        if wanted and _case(line) not in withdrawn:
             case = (*(line[key] for key in ("device", "dtype", "op", "shape", "mode")), line["commit"])
             runs[(*case, line["date"])][line["provider"]] = float(line["value"])
             if any(fnmatch(line["provider"], pattern) for pattern in BASELINES):

@@ -25,7 +25,7 @@ from . import __version__, zoo
 from .attacks import pgd
 from .classifiers import LITE0_MEAN, LITE0_SIZE, LITE0_STD, Normalised, efficientnet_lite
 from .engine import Engine
-from .errors import InputError
+from .errors import InputError, needs_extra
 from .evaluation.analysis import psnr
 from .evaluation.defences import blur, jpeg
 from .images import PackedImages, random_view, write_atomically, write_text
@@ -74,8 +74,9 @@ def decide(classifier: nn.Module, images: Tensor) -> Tensor:
 
 
 def photograph_files() -> list[Path]:
-    """The files of PHOTOGRAPHS."""
-    return [Path(str(files("skimage"))) / "data" / name for name in PHOTOGRAPHS]
+    """The files of PHOTOGRAPHS.  Raises MissingExtraError."""
+    with needs_extra("The demo's photographs", "demo"):
+        return [Path(str(files("skimage"))) / "data" / name for name in PHOTOGRAPHS]
 
 
 def photograph_views(classifier: nn.Module, count: int, seed: int = SEED) -> Views:
@@ -134,6 +135,10 @@ def run(
     psnr is that of purified against clean, unattacked pictures.  Raises MissingExtraError, MissingFileError or
     InputError.
     """
+    if picture_path:
+        with needs_extra("The demo's picture", "demo"):  # now rather than after the attacks
+            import matplotlib.figure  # noqa: F401
+            import timm.data  # noqa: F401
     purifier = zoo.load(model)
     classifier = Normalised(efficientnet_lite(0), LITE0_MEAN, LITE0_STD).eval()
     chosen = packed_views(data) if data else photograph_views(classifier, views)

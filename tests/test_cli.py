@@ -618,6 +618,11 @@ def test_serve_refuses_before_it_starts_anything(run, weights):
             (("--classifier", "nowhere:net"), "nowhere:net: No module named 'nowhere'; wanted package.module:factory"),
             (("--timeout", 0), "timeout=0.0: wanted seconds."),
             (("--port", port), f"127.0.0.1:{port} cannot be listened at: Address already in use;"),
+            (
+                ("--metrics-port", port),
+                f":{port} cannot be listened at: Address already in use; choose another --metrics",
+            ),
+            (("--metrics-port", 8000), "--port and --metrics-port are both 8000; they must differ."),
         ):
             code, text, errors = run("serve", "--model", weights, *arguments)
             assert (code, text, errors[: 7 + len(message)]) == (1, "", f"error: {message}")

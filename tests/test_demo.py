@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from PIL import Image
 
 from impure_fast import demo
 from impure_fast.classifiers import LITE0_MEAN, LITE0_SIZE, LITE0_STD, Normalised, efficientnet_lite
-from impure_fast.errors import InputError
+from impure_fast.errors import InputError, MissingExtraError
 from impure_fast.images import encode_jpeg, write_packed
 
 
@@ -44,6 +45,13 @@ def test_pictures_without_labels_are_named(tmp_path):
     write_packed(tmp_path / "a.npz", [encode_jpeg(np.zeros((9, 9, 3), np.uint8), 90)], [-1], ["a"])
     with pytest.raises(InputError, match=r"a\.npz holds no labelled picture"):
         demo.packed_views(tmp_path / "a.npz")
+
+
+@pytest.mark.parametrize("package", ["skimage", "matplotlib"])
+def test_a_missing_package_is_named_before_anything_is_attacked(package, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(MissingExtraError, match=r'pip install "impure-fast\[demo\]"'):
+        demo.run(None, tmp_path / "demo.png")
 
 
 def test_views_are_right_when_clean_and_the_attack_works(results):

@@ -252,6 +252,7 @@ def test_stats_count_calls_and_warmup_forgets_its_own():
     ("options", "message"),
     [
         (dict(precision="fp8"), "precision='fp8': on cpu choose one of fp32, bf16, int8."),
+        (dict(device="gpu"), "device='gpu' is none that torch knows; cpu always works."),
         (dict(device="meta"), "device='meta': wanted one or more devices of one kind, cpu or cuda."),
         (dict(device=["cpu", "cuda"]), "device=['cpu', 'cuda']: wanted one or more devices of one kind, cpu or cuda."),
         (dict(precision="int8", compile=True), "compile=True: int8 runs on oneDNN alone"),

@@ -150,6 +150,16 @@ def test_planted_fakes_are_flagged(data, tmp_path, monkeypatch, function, caught
     assert (tmp_path / "report.html").read_text().count('class="failed"') >= 1
 
 
+def test_rows_tell_where_some_gradients_are_zero(data, tmp_path, monkeypatch):
+    def partly(images, seed, streams):
+        return torch.cat([images[:1].detach(), images[1:]])
+
+    rows, found = against(data, partly, tmp_path, monkeypatch, levels=("T2", "T3"))
+    assert found["there is a gradient"] == "failed"
+    flagged = {row["level"]: "12 % of the probed gradients are exactly zero" in row["flags"] for row in rows}
+    assert flagged == {"T2": False, "T3": True}
+
+
 @pytest.mark.parametrize("function", [quantised, detached])
 def test_a_zero_gradient_is_reported_as_not_differentiable_never_as_robust(data, tmp_path, monkeypatch, function):
     rows, _ = against(data, function, tmp_path, monkeypatch, levels=("T2", "T3", "T4"))
@@ -650,6 +660,39 @@ def test_shards_that_lack_a_part_and_other_places_are_named(shards, tmp_path):
         targets.load_pictures(shards, lambda rgb: rgb, 100)
     with pytest.raises(MissingFileError, match="no packed npz, no shard and no folder"):
         targets.load_pictures(tmp_path / "nowhere", lambda rgb: rgb, 1)
+
+
+def test_plain_shards_hold_a_picture_and_its_class(tmp_path):
+    picture = encode_png(np.zeros((SIDE, SIDE, 3), np.uint8))
+    write_tar({"a.png": picture, "a.cls": b"3\n", "b.jpg": picture, "b.cls": b"1"}, tmp_path / "0.tar")
+    found = targets.load_pictures(tmp_path / "0.tar", lambda rgb: rgb, 10)
+    assert (found.names, found.labels.tolist(), found.adversarial) == (["a", "b"], [3, 1], None)
+    write_tar({"a.png": picture, "a.cls": b"cat"}, tmp_path / "1.tar")
+    with pytest.raises(InputError, match=r"1\.tar: a has .* its class's number"):
+        targets.load_pictures(tmp_path / "1.tar", lambda rgb: rgb, 10)
+    both = {"a.clean.png": picture, "a.adv.png": picture, "a.cls": b"0", "b.png": picture, "b.cls": b"0"}
+    write_tar(both, tmp_path / "2.tar")
+    with pytest.raises(InputError, match="1 of 2 pictures have no adv.png"):
+        targets.load_pictures(tmp_path / "2.tar", lambda rgb: rgb, 10)
+
+
+def test_pictures_of_which_none_is_right_are_refused(data, tmp_path):
+    with np.load(data) as file:
+        arrays = dict(file)
+    arrays["labels"] = 1 - arrays["labels"]
+    np.savez(tmp_path / "d.npz", **arrays)
+    with pytest.raises(InputError, match="are the labels its own"):
+        run.evaluate(settings(tmp_path / "d.npz"), tmp_path / "out")
+
+
+def test_an_attack_outside_its_ball_is_not_the_strongest():
+    def row(value, *flags):
+        figure = {"mean": {"value": value, "low": value, "high": value}}
+        clean = {"right": {"mean": {"value": 100.0, "low": 90.0, "high": 100.0}}}
+        return dict(level="T0", defence="d", eps=4, images=3, clean=clean, adversarial={"right": figure}, flags=flags)
+
+    _, body = report.overview({"rows": [row(0.0, f"{report.OUTSIDE}: 9/255"), row(40.0)]})
+    assert body[0][-1] == report.cell({"value": 40.0, "low": 40.0, "high": 40.0})
 
 
 def test_labels_beyond_the_classifier_are_refused(tmp_path):

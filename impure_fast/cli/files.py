@@ -58,7 +58,8 @@ def data(
     if packed:
         names, labels, jpegs = zip(*packed, strict=True)
         write_packed(output, jpegs, labels, names)
-    end(problems, f"packed {len(packed)} images into {output}, failed {len(problems)}")
+    done = f"packed {len(packed)} images into {output}" if packed else f"nothing was packed, {output} was not written"
+    end(problems, f"{done}, failed {len(problems)}")
 
 
 def _cifar10(root: Path, split: str) -> Any:

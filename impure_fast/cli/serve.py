@@ -47,7 +47,7 @@ def serve(
     given |= dict(image_step=image_step, feature_step=feature_step, classifier=classifier)
     given |= dict(batch=batch, batch_wait=batch_wait, queue=queue, max_bytes=max_bytes, max_pixels=max_pixels)
     settings = Settings(**given, upload_timeout=upload_timeout, timeout=timeout)
-    _check(settings, host, port)
+    _check(settings, host, port, metrics_port)
 
     from ..serving.cluster import connect
 
@@ -65,7 +65,7 @@ def serve(
     deployment.stop()
 
 
-def _check(settings: Settings, host: str, port: int) -> None:
+def _check(settings: Settings, host: str, port: int, metrics_port: int) -> None:
     """What would otherwise fail far from here, in a replica, with a traceback."""
     from .. import zoo
     from ..engine import Engine
@@ -77,11 +77,13 @@ def _check(settings: Settings, host: str, port: int) -> None:
 
         own_modules()
         load_target(settings.classifier)
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise InputError(
-                f"{host}:{port} cannot be listened at: {error.strerror}; choose another --port."
-            ) from error
+    if port == metrics_port:
+        raise InputError(f"--port and --metrics-port are both {port}; they must differ.")
+    for at, number, option in ((host, port, "--port"), ("", metrics_port, "--metrics-port")):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((at, number))
+            except OSError as error:
+                said = f"{at}:{number} cannot be listened at: {error.strerror}; choose another {option}."
+                raise InputError(said) from error

@@ -265,7 +265,10 @@ class Engine:
 
 def _numbered(name: str | torch.device) -> torch.device:
     """A device; the caller's current GPU where "cuda" names none, since other threads have another."""
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device={name!r} is none that torch knows; cpu always works.") from error
     if device.type == "cuda" and device.index is None and torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
     return device

@@ -77,7 +77,7 @@ def probe(
         found.append(finding(name, None, "the deterministic mode is none" if differentiable else "there is none"))
     if differentiable:
         found.append(_along(defence, target, x, y, seed))
-    return Profile(spread("random", (seed, seed + 1, seed + 2)) > SAME, differentiable), found
+    return Profile(spread("random", (seed, seed + 1, seed + 2)) > SAME, differentiable, share), found
 
 
 def _cut(pipeline: nn.Module, target: Target, x: Tensor, y: Tensor, gradient: Tensor) -> dict[str, Any]:

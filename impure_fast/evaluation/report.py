@@ -14,6 +14,7 @@ import numpy as np
 from ..images import write_text
 from .scoring import RULES
 
+OUTSIDE = "leaves the ball"  # how the flag of an attack begins whose figure does not count
 READS = {
     "T0": "the attacker knows the classifier alone: oblivious, never robustness",
     "T1": "transfer from another classifier",
@@ -86,6 +87,8 @@ def summary(results: dict[str, Any]) -> list[str]:
             width, n = max((f["mean"]["high"] - f["mean"]["low"], f["n"]) for f in figures)
             widths.append(f"{level} {width:.1f} (n {n})")
     out.append(f"Widest interval of each level, in points: {', '.join(widths)}.")
+    if s["suite"] == "ladder" and "T1" in s["levels"] and not s["surrogates"]:
+        out.append("T1 was left out: no classifier was named to transfer from (--surrogate lite1).")
     if failed:
         blamed = ", ".join(dict.fromkeys(c["defence"] for c in failed))
         out.append(f"Sanity checks that failed: {len(failed)} ({blamed}). Do not quote their figures as robustness.")
@@ -105,7 +108,9 @@ def overview(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
             groups.setdefault((row["defence"], row["eps"]), {}).setdefault(row["level"], []).append(row)
 
     def strongest(rows: list[Any]) -> str:
-        figures = [row["adversarial"]["right"]["mean"] for row in rows if row["adversarial"]]
+        measured = [row for row in rows if row["adversarial"]]
+        inside = [row for row in measured if not any(flag.startswith(OUTSIDE) for flag in row["flags"])]
+        figures = [row["adversarial"]["right"]["mean"] for row in inside or measured]
         return cell(min(figures, key=lambda figure: figure["value"])) if figures else rows[0]["verdict"] if rows else ""
 
     body = []

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from .. import zoo
 from ..attacks import attack
-from ..errors import InputError
+from ..errors import InputError, needs_extra
 from ..images import write_npz
 from ..integrations.torchattacks import Attackable
 from ..model import IMPure
@@ -71,6 +71,10 @@ class Evaluation:
         if (most := int(self.labels.max())) >= logits.shape[1]:
             raise InputError(f"{s.data} has labels up to {most}, but {s.classifier} knows {logits.shape[1]} classes.")
         self.right = (logits.argmax(dim=1) == self.labels).cpu()  # [n] bool
+        if not self.right.any():
+            raise InputError(
+                f"{s.classifier} gets none of {len(self.labels)} pictures of {s.data} right: are the labels its own?"
+            )
         self.classes = logits.shape[1]
         # What every cached piece depends on beside its own parts.
         self.ids = {
@@ -251,7 +255,7 @@ class Evaluation:
             "flags": list(meta["flags"]),
         }
         if meta["farthest"] > job.eps + 0.01:
-            row["flags"].append(f"leaves the ball: {meta['farthest']:g}/255")
+            row["flags"].append(f"{report.OUTSIDE}: {meta['farthest']:g}/255")
         return checks.Left(job, decisions, values, loss, row)
 
     def strongest(self, group: list[checks.Left], defence: Defence) -> dict[str, Any]:
@@ -277,6 +281,9 @@ class Evaluation:
         With several processes each fills its share of the folder, and the first one reports; the others return {}.
         """
         s = self.settings
+        with needs_extra("The report", "evaluate"):  # now rather than after hours of attacks
+            import matplotlib.figure  # noqa: F401
+            import skimage.metrics  # noqa: F401
         plan = [(defence, *self.planned(defence)) for defence in self.defences]
         if self.world > 1:
             self._share(plan)
@@ -339,6 +346,8 @@ class Evaluation:
             if profile.allows(job):
                 measured.append(self.left(job, defence))
                 rows.append(measured[-1].row)
+                if profile.flat and job.knows in ("frozen", "fresh"):
+                    rows[-1]["flags"].append(f"{100 * profile.flat:.0f} % of the probed gradients are exactly zero")
             else:
                 nothing = {"adversarial": None, "verdict": NOT_DIFFERENTIABLE}
                 rows.append(self.base(job, defence) | job.described() | nothing)

@@ -160,7 +160,8 @@ class Job:
             "knows": self.knows,
             "loss": p.get("loss", LOSSES.get(self.attack, "ce")),
             "step": round(p["step_size"] * 255, 4) if "step_size" in p else None,
-            "steps": p.get("steps", p.get("queries")),
+            "steps": p.get("steps", 100 if self.attack == "autoattack" else p.get("queries")),
+            "queries": p.get("queries"),
             "restarts": 2 if self.attack == "eot-pgd" and "starts" not in p else 1,
             "eot": p.get("eot", 1),
             "parameters": p,
@@ -170,10 +171,14 @@ class Job:
 
 @dataclass(frozen=True)
 class Profile:
-    """What ``checks.probe`` found of a defence, which decides what can be run against it."""
+    """What ``checks.probe`` found of a defence, which decides what can be run against it.
+
+    flat: share of the probed images whose gradient is exactly zero.
+    """
 
     randomised: bool
     differentiable: bool
+    flat: float = 0.0
 
     def allows(self, job: Job) -> bool:
         """False where the attack needs a gradient that is not there."""

@@ -232,6 +232,8 @@ def load_pictures(path: str | Path, prepare: Callable[[Pixels], Pixels], count: 
     found = labelled(path, count)
     clean = [prepare(picture.rgb()) for picture in found]
     adversarial = [picture.adversarial() for picture in found if picture.adversarial]
+    if 0 < len(adversarial) < len(found):
+        raise InputError(f"{path}: {len(found) - len(adversarial)} of {len(found)} pictures have no adv.png.")
     sizes = {picture.shape[:2] for picture in clean}
     if len(sizes) > 1:
         raise InputError(f"{path} holds pictures of several sizes, and this classifier does not say its own.")
@@ -270,9 +272,13 @@ def labelled(path: str | Path, count: int) -> list[Labelled]:
 def _from_shards(shards: Sequence[Path]) -> Iterator[Labelled]:
     for shard in shards:
         for key, parts in read_shard(shard):
-            if not {"adv", "clean", "cls"} <= parts.keys():
-                raise InputError(f"{shard}: {key} has {sorted(parts)}; wanted adv.png, clean.jpg and cls.")
-            clean, adversarial = parts["clean"], partial(decode, parts["adv"])
+            clean = next((parts[name] for name in ("clean", "jpg", "jpeg", "png", "webp") if name in parts), None)
+            if clean is None or not parts.get("cls", b"").strip().isdigit():
+                raise InputError(
+                    f"{shard}: {key} has {sorted(parts)}; wanted a picture (jpg, png, webp; or clean.jpg with adv.png) "
+                    "and its class's number (cls)."
+                )
+            adversarial = partial(decode, parts["adv"]) if "adv" in parts else None
             yield Labelled(key, int(parts["cls"]), partial(decode, clean), partial(bytes, clean), adversarial)
 
 

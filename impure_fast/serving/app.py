@@ -1,7 +1,7 @@
 """The routes of the service, without Ray: limits and checks, then ``Batcher``, ``Engine`` and the classifier.
 
 upload -> limits, type -> decode -> Batcher -> Engine (-> classifier) -> PNG or JSON.
-Every refusal is JSON: {"error": sentence}.
+Every refusal of a replica is JSON: {"error": sentence}.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ..errors import Error, ImageTooLargeError
 from ..evaluation.targets import Target, load_target
 from ..images import Picture, Pixels, check_max_pixels, decode_image, encode_image
 from ..ops._dispatch import last_backends
-from ..purify import to_float
+from ..purify import Tiling, to_float
 from .batching import Batcher
 from .settings import Settings
 
@@ -65,7 +65,8 @@ class Service:
     def __init__(self, settings: Settings, metrics: Metrics | None = None) -> None:
         check_max_pixels(settings.max_pixels)
         self.settings, self.metrics = settings, metrics or Metrics()
-        self.engine = Engine(zoo.load(settings.model), precision=settings.precision, device=settings.device)
+        model = zoo.load(settings.model)
+        self.engine, self._config = Engine(model, precision=settings.precision, device=settings.device), model.config
         self.target: Target | None = None
         if settings.classifier is not None:
             self.target = load_target(settings.classifier)
@@ -74,7 +75,8 @@ class Service:
         self.engine.warmup(**self.steps)
         self.batcher = Batcher(self._run, settings.batch_wait)
         self.held = 0
-        self._pace = 0.0  # seconds a picture, of the last batch
+        self._tiles = 0  # of the pictures that wait or are in work
+        self._pace = 0.0  # seconds a tile, of the last batch
         self._lost = ""  # what the device failed with: nothing runs on it in this process any more
 
     def _run(self, kind: tuple[str, tuple[int, ...], int | None], pictures: list[Pixels]) -> list[Any]:
@@ -92,7 +94,7 @@ class Service:
         if route == "/classify":
             both = zip(self._classify(pictures), self._classify(results), strict=True)
             results = [{"before": before, "after": after} for before, after in both]
-        self._pace = (time.perf_counter() - began) / len(pictures)
+        self._pace = (time.perf_counter() - began) / (len(pictures) * self._tiles_of(*images.shape[2:]))
         return results
 
     def _classify(self, pictures: list[Pixels]) -> list[dict[str, float]]:
@@ -128,7 +130,29 @@ class Service:
         size = min(self.settings.batch, max(1, self.settings.max_pixels // (height * width)))
         # A given seed promises the same bits again, and the last bits of a product depend on its rows: so alone.
         kind = (route, picture.rgb.shape, seed)
-        return picture, await self.batcher.submit(kind, picture.rgb, size if seed is None else 1)
+        with self._weigh(self._tiles_of(height, width)):
+            return picture, await self.batcher.submit(kind, picture.rgb, size if seed is None else 1)
+
+    def _tiles_of(self, height: int, width: int) -> int:
+        return math.prod(Tiling.of(self._config, height, width).count)
+
+    @contextlib.contextmanager
+    def _weigh(self, tiles: int) -> Iterator[None]:
+        """A place in the engine's line, or 503 where the answer would come too late anyway."""
+        wait, limit = (self._tiles + tiles) * self._pace, self.settings.timeout
+        if self._tiles and wait > limit:
+            after = {"Retry-After": str(self._wait())}
+            raise HTTPException(
+                503, f"With what is held this picture would take {wait:.0f} s, the limit {limit:g} s.", after
+            )
+        self._tiles += tiles
+        try:
+            yield
+        finally:
+            self._tiles -= tiles
+
+    def _wait(self) -> int:
+        return max(1, math.ceil(self._tiles * self._pace))
 
     async def purify(self, request: Request) -> Response:
         with self.hold():
@@ -144,8 +168,7 @@ class Service:
 
     def check_room(self) -> None:
         if self.held >= self.settings.queue:
-            wait = max(1, math.ceil(self.held * self._pace))
-            raise HTTPException(503, f"{self.held} requests are held, the limit.", {"Retry-After": str(wait)})
+            raise HTTPException(503, f"{self.held} requests are held, the limit.", {"Retry-After": str(self._wait())})
 
     def check_health(self) -> None:
         """Raises Error where no batch can be run any more."""

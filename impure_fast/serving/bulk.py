@@ -65,6 +65,8 @@ class Worker:
             said = purify_file(self._engine, place(row["file"]), place(row["target"]), self._options)
         except Error as error:
             problem = str(error)
+        except Exception as error:  # of one picture: its neighbours go on
+            problem = f"{row['file']}: {first_line(error) or type(error).__name__}"
         return {"target": row["target"], "warnings": "\n".join(said), "problem": problem}
 
 

@@ -39,4 +39,6 @@ def connect(address: str | None, cpus: int | None = None, metrics_port: int | No
             return
         except Exception as error:  # Ray raises many kinds, and bare ones
             reason = first_line(error)
+            if not isinstance(error, ConnectionError):  # there is a cluster, and something is wrong with it
+                break
     raise BackendError(f"No connection to Ray at {address}: {reason}")

@@ -88,8 +88,8 @@ def start(application: serve.Application, host: str, port: int) -> None:
     """Serve on the cluster that Ray is connected to; returns once the replicas are ready.  Raises BackendError."""
     quiet = {"log_level": "WARNING"}
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port}, logging_config=quiet)
     try:
+        serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port}, logging_config=quiet)
         serve.run(application, name=NAME, logging_config=quiet)
     except RuntimeError as error:
         raise BackendError(f"The service did not start: {first_line(error)} Ray's log above tells why.") from error

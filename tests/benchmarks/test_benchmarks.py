@@ -203,6 +203,18 @@ def test_the_strongest_compiled_baseline_has_its_weights_as_constants(monkeypatc
     assert len(params) > 50
 
 
+def test_a_later_run_that_fails_withdraws_what_an_earlier_one_measured():
+    line = dict.fromkeys(results.COLUMNS, "x") | {"mode": "forward", "commit": "a"}
+    earlier = [
+        line | {"date": "1", "provider": name, "statistic": "median_us", "value": value}
+        for name, value in (("reference", "4"), ("cpp", "1"))
+    ]
+    assert [ratio for _, ratio, _ in results._ratios(earlier)] == [4.0]
+    later = [*earlier, line | {"date": "2", "provider": "cpp", "statistic": "why_not", "value": "wrong"}]
+    assert results._ratios(later) == []
+    assert [set(last) for last in results.latest(later).values()] == [{"median_us"}, {"why_not"}]
+
+
 def test_the_machines_ceilings_are_measured():
     copy, product, cached, launch, *network = ceiling_rows(["float32"], "cpu", 1, small=True)
     assert copy["gbytes_per_s"] > 0 and product["gflops"] > 0 and cached["gbytes_per_s"] > 0 and launch["median_us"] > 0

@@ -268,5 +268,5 @@ def besiege(port, seeds, most, clients=8):
     return [
         (seed, what, status)
         for seed, what, status, right in answers
-        if status not in right | {503} and not (status is None and what in broken_by_closing)
+        if status not in right and not (status is None and what in broken_by_closing)
     ]

@@ -280,6 +280,22 @@ def test_beyond_the_queue_is_503(weights):
         assert max(service.metrics.queues) == 3 and service.metrics.queues[-1] == 0
 
 
+def test_what_would_come_too_late_is_503_at_once(weights):
+    with serving(model=weights, timeout=30) as running:
+        service, small, large = running.service, encoded(pixels(8, 8)), encoded(pixels(200, 200))
+        assert post(running.port, "/purify", small).status == 200 and 0 < service._pace < 5
+        with held_back(service):
+            service._pace = 10.0
+            held = threading.Thread(target=post, args=(running.port, "/purify", small))
+            held.start()
+            until(lambda: service._tiles == 1)
+            refused = post(running.port, "/purify", large)
+            assert refused.status == 503 and "With what is held this picture would take" in refused.error
+            assert int(refused.headers["retry-after"]) == 10
+        held.join()
+        assert service._tiles == 0 and post(running.port, "/purify", large).status == 200
+
+
 def test_batches_form_by_size_and_seeds_go_alone(weights, engine):
     with serving(model=weights, batch=4, batch_wait=0) as running:
         service = running.service
