@@ -156,7 +156,8 @@ def test_rows_tell_where_some_gradients_are_zero(data, tmp_path, monkeypatch):
 
     rows, found = against(data, partly, tmp_path, monkeypatch, levels=("T2", "T3"))
     assert found["there is a gradient"] == "failed"
-    flagged = {row["level"]: "12 % of the probed gradients are exactly zero" in row["flags"] for row in rows}
+    own = [row for row in rows if row["defence"] == "fake"]
+    flagged = {row["level"]: "12 % of the probed gradients are exactly zero" in row["flags"] for row in own}
     assert flagged == {"T2": False, "T3": True}
 
 
@@ -679,7 +680,7 @@ def test_plain_shards_hold_a_picture_and_its_class(tmp_path):
 def test_pictures_of_which_none_is_right_are_refused(data, tmp_path):
     with np.load(data) as file:
         arrays = dict(file)
-    arrays["labels"] = 1 - arrays["labels"]
+    arrays["labels"] = toy()(targets.load_pictures(data, lambda rgb: rgb, 16).images).argmin(dim=1).numpy()
     np.savez(tmp_path / "d.npz", **arrays)
     with pytest.raises(InputError, match="are the labels its own"):
         run.evaluate(settings(tmp_path / "d.npz"), tmp_path / "out")

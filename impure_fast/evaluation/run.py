@@ -268,6 +268,7 @@ class Evaluation:
             "attacked": "all",
             "of": [f"{a.row['attack']}, {a.row['loss']}" for a in group],
             "adversarial": self._figures(values),
+            "flags": list(dict.fromkeys(flag for a in group for flag in a.row["flags"])),
             **{name: row[name] for name in ("device", "versions")},
         }
 
