@@ -83,7 +83,7 @@ class Crowd:
     failed_at: list = field(default_factory=list)  # times of answers that were neither 200 nor 503
 
     def run(self, port, cases, clients, seconds, during=None):
-        """cases: (path, body, pixels wanted); during: called once beside the clients."""
+        """cases: (path, body, pixels wanted, or their shape); during: called once beside the clients."""
         lock, end = threading.Lock(), time.monotonic() + seconds
 
         def client(number):
@@ -92,10 +92,10 @@ class Crowd:
                 path, body, wanted = chosen.choice(cases)
                 try:
                     answer = post(port, path, body)
-                    status, wrong = (
-                        answer.status,
-                        answer.status == 200 and not np.array_equal(decoded(answer.body), wanted),
-                    )
+                    status, wrong = answer.status, False
+                    if status == 200:
+                        got = decoded(answer.body)
+                        wrong = got.shape != wanted if isinstance(wanted, tuple) else not np.array_equal(got, wanted)
                 except (OSError, http.client.HTTPException):
                     status, wrong = "broken", False
                 with lock:
