@@ -34,7 +34,7 @@ from impure_fast.purify import even_batch
 from impure_fast.zoo import shipped
 
 from . import authors, results
-from .runner import available, machine, positive
+from .runner import available, board, machine, positive
 
 Purify = Callable[[Tensor, int | None], Tensor]  # (uint8 [N, 3, H, W] on the host, seed) -> float in [0, 1] on device
 CSV = results.ROOT / "benchmarks" / "results" / "latency.csv"
@@ -220,7 +220,8 @@ def _time(
         classifier(purified)
         if (same := psnr(purified[: len(right)].float(), right[:batch].float())) < AGREES.get(name, 40.0):
             raise RuntimeError(f"its pictures change with the batch: {same:.1f} dB in one of {batch}")
-        note(name, "closed", batch, summary(closed_loop(answer, pictures[:batch], options.seconds), batch))
+        taken = closed_loop(answer, pictures[:batch], options.seconds)
+        note(name, "closed", batch, summary(taken, batch) | board(options.device))
     for batch in range(1, max(options.batches) + 1) if options.rates else ():
         if batch == even_batch(batch):  # the open loop takes any number: their graphs and compilations come before it
             answer(pictures[:batch])
@@ -228,7 +229,7 @@ def _time(
         taken = open_loop(answer, pictures[: max(options.batches)], rate, options.seconds)
         figures = summary(taken, 1)
         figures["images_per_second"] = len(taken) / ((len(taken) - 1) / rate + taken[-1])  # below the rate: overrun
-        note(name, "open", rate, figures)
+        note(name, "open", rate, figures | board(options.device))
 
 
 def draw(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:

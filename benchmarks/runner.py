@@ -270,7 +270,8 @@ def measure(
             row["clock"] = clocks[name].name
     del truth, given
     baseline = next((name for name in ("sdpa", "reference") if name in clocks), None)
-    times, board = _rounds({name: clock.read for name, clock in clocks.items()}, rounds, device), _board(device)
+    times = _rounds({name: clock.read for name, clock in clocks.items()}, rounds, device)
+    after = board(device)
     strong = [statistics.median(t) for name, t in times.items() if any(fnmatch(name, pattern) for pattern in BASELINES)]
     work = problem.work(inputs, own) if mode == "forward" else (0.0, 0.0)  # the floor is declared for it alone
     floor = max(work[0] / top[0], work[1] / top[1]) if device == "cuda" else 0.0  # a CPU's caches are warm
@@ -290,7 +291,7 @@ def measure(
             if "why_not" in row:
                 continue
         row |= _figures(taken, paired, work, top)
-        row |= {"baseline": baseline, "rounds": rounds, **board}
+        row |= {"baseline": baseline, "rounds": rounds, **after}
         if device == "cpu" and name.startswith("triton"):
             row["note"] = "Triton's interpreter: no measure of a kernel"
         if hasattr(found[name], "note"):
@@ -375,7 +376,7 @@ def _peak(problem: Problem, call: Provider, inputs: tuple[Tensor, ...], mode: st
     return torch.cuda.max_memory_allocated() - before
 
 
-def _board(device: str) -> dict[str, float]:
+def board(device: str) -> dict[str, float]:
     """Clock and power of the GPU right after the readings."""
     if device != "cuda":
         return {}
@@ -405,10 +406,10 @@ def ceiling_rows(dtypes: list[str], device: str, rounds: int, small: bool) -> It
         dtype = getattr(torch, name)
         base = {"dtype": name, "mode": "forward", "provider": "torch", "machine": machine(device)}
         copy, product = ceilings(device, dtype)
-        board = _board(device)
-        yield {**base, "op": "ceiling", "shape": "copy", "gbytes_per_s": round(copy / 1e9, 1)}
-        yield {**base, "op": "ceiling", "shape": "product", "gflops": round(product / 1e9, 1)} | board
-        yield from ({**base, "op": "ceiling"} | row for row in _small_ceilings(dtype, device))
+        after = board(device)
+        yield {**base, "op": "ceiling", "shape": "copy", "gbytes_per_s": round(copy / 1e9, 1)} | after
+        yield {**base, "op": "ceiling", "shape": "product", "gflops": round(product / 1e9, 1)} | after
+        yield from ({**base, "op": "ceiling"} | row | board(device) for row in _small_ceilings(dtype, device))
         square = (8192, 8192, 8192) if device == "cuda" else (1024, 1024, 1024)
         for m, k, n in PRODUCTS[:1] if small else (square, *PRODUCTS):
             x, weight = (torch.randn(shape, device=device).to(dtype) for shape in ((m, k), (n, k)))
@@ -421,7 +422,7 @@ def ceiling_rows(dtypes: list[str], device: str, rounds: int, small: bool) -> It
                 except RuntimeError as failed:  # a GPU's library may lack one of them
                     yield row | {"why_not": str(failed).splitlines()[0]}
                     continue
-                row |= {"clock": clock.name} | _figures(taken, None, (0.0, 0.0), (copy, product))
+                row |= {"clock": clock.name} | board(device) | _figures(taken, None, (0.0, 0.0), (copy, product))
                 row["gflops"] = round(2e-9 * m * k * n / statistics.median(taken), 1)
                 yield row
 

@@ -32,7 +32,7 @@ from impure_fast.memory import POLICIES
 from impure_fast.training.losses import pixel_loss
 from impure_fast.training.plan import count_kept
 
-from .runner import available, machine, positive
+from .runner import available, board, machine, positive
 
 attention = import_module("impure_fast.ops.reconstruction_attention")
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "autocast": torch.float32}
@@ -128,7 +128,7 @@ def measure(case: Case, rounds: int, keep: Callable[[list[dict[str, Any]]], None
                 elif case.images.is_cuda:
                     torch.cuda.reset_peak_memory_stats()
                     case.step()
-                    row["peak_allocated_bytes"] = torch.cuda.max_memory_allocated()
+                    row |= {"peak_allocated_bytes": torch.cuda.max_memory_allocated(), **board("cuda")}
         rows.append(row)
         keep(rows)
     right = [row["provider"] for row in rows if "why_not" not in row]
