@@ -203,6 +203,29 @@ def test_the_strongest_compiled_baseline_has_its_weights_as_constants(monkeypatc
     assert len(params) > 50
 
 
+def test_the_pytest_front_times_what_is_right_by_group(tmp_path):
+    line = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "benchmarks"]
+    line += ["--benchmark-json", str(tmp_path / "b.json"), "--benchmark-columns", "median"]
+    line += ["-k", f"reconstruction_attention-{ATTENTION.shape.replace(' ', '_')}-"]
+    ended = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stdout
+    timed = json.loads((tmp_path / "b.json").read_text())["benchmarks"]
+    by_group = {bench["group"] for bench in timed}
+    start = f"reconstruction_attention/{ATTENTION.shape}/"
+    assert by_group == {f"{start}{dtype}/{mode}" for dtype in ("float32", "bfloat16") for mode in ("forward", "both")}
+    assert {"reference", "sdpa", "auto"} <= {bench["extra_info"]["provider"] for bench in timed}
+
+
+def test_the_pytest_front_times_nothing_that_is_wrong(monkeypatch):
+    from benchmarks import test_kernels
+
+    monkeypatch.setattr(
+        test_kernels.providers, "providers", lambda *_: {"bad": lambda *x: ATTENTION.reference(*x) * 1.1}
+    )
+    with pytest.raises(AssertionError, match="wrong, so it is not timed"):
+        test_kernels.test_speed(None, ATTENTION, "bad", "float32", "forward")
+
+
 def test_a_later_run_that_fails_withdraws_what_an_earlier_one_measured():
     line = dict.fromkeys(results.COLUMNS, "x") | {"mode": "forward", "commit": "a"}
     earlier = [
