@@ -24,9 +24,10 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 	IMPURE_FAST_BUILD=none $(BIN)/python -m pip install --no-build-isolation -c constraints.txt -e ".[$(EXTRAS)]"
 	touch $@
 
+# Again where a native source is newer.
 $(BUILT): $(STAMP) $(shell find csrc -type f)
 	$(BIN)/python setup.py build_ext --inplace
-	touch $@  # it may have said the same before
+	touch $@
 
 demo: $(BUILT) ## attack a classifier and defend it: demo.json, demo.png
 	$(BIN)/impure-fast demo --json demo.json --output demo.png

@@ -11,22 +11,19 @@ from .runner import error, oracle, result
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CASES = [
-    pytest.param(problem, name, id=f"{problem.op}-{problem.shape}-{name}".replace(" ", "_"))
+    pytest.param(problem, name, dtype, mode, id=f"{problem.op}-{problem.shape}-{name}-{dtype}-{mode}".replace(" ", "_"))
     for small in (True, False)
     for problem in problems(small=small, device=DEVICE)
     for name in providers.providers(problem, "reference,sdpa*,products,auto,cpp,triton,cuda,engine*")
+    for dtype in ("float32", "bfloat16")
+    for mode in ("forward", "both")
+    if dtype in problem.dtypes and (mode == "forward" or problem.gradients)
 ]
 
 
-@pytest.mark.parametrize("mode", ["forward", "both"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("problem", "provider"), CASES)
+@pytest.mark.parametrize(("problem", "provider", "dtype", "mode"), CASES)
 def test_speed(benchmark, problem, provider, dtype, mode):
-    if mode == "both" and not problem.gradients:
-        pytest.skip("It has no gradient.")
     torch.set_num_threads(1)
-    if dtype not in problem.dtypes:
-        pytest.skip("It has no such dtype.")
     call, inputs = providers.providers(problem, provider)[provider], problem.make(getattr(torch, dtype), DEVICE)
     try:
         got = result(problem, getattr(call, "check", call), inputs, mode)

@@ -11,6 +11,7 @@ import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -137,8 +138,7 @@ def run(
     """
     if picture_path:
         with needs_extra("The demo's picture", "demo"):  # now rather than after the attacks
-            import matplotlib.figure  # noqa: F401
-            import timm.data  # noqa: F401
+            import_module("matplotlib"), import_module("timm")
     purifier = zoo.load(model)
     classifier = Normalised(efficientnet_lite(0), LITE0_MEAN, LITE0_STD).eval()
     chosen = packed_views(data) if data else photograph_views(classifier, views)

@@ -355,7 +355,7 @@ def test_standard_suite_is_autoattack_on_the_deterministic_mode(data, weights, t
     ]
     assert {row["mode"] for row in rows} == {"deterministic"} and {row["attack"] for row in rows} == {"autoattack"}
     full = suites.jobs(settings(data, suite="standard", steps=200), suites.Profile(True, True), True)[0]
-    assert "steps" not in full.parameters  # AutoAttack's own numbers
+    assert full.parameters["steps"] == 100  # AutoAttack's own number
 
 
 def test_the_defaults_are_the_full_protocol_and_rungs_cut_one_level():

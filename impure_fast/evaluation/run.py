@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from datetime import timedelta
 from functools import partial
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from itertools import combinations
 from pathlib import Path
@@ -283,8 +284,7 @@ class Evaluation:
         """
         s = self.settings
         with needs_extra("The report", "evaluate"):  # now rather than after hours of attacks
-            import matplotlib.figure  # noqa: F401
-            import skimage.metrics  # noqa: F401
+            import_module("matplotlib"), import_module("skimage")
         plan = [(defence, *self.planned(defence)) for defence in self.defences]
         if self.world > 1:
             self._share(plan)

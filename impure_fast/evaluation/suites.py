@@ -160,8 +160,7 @@ class Job:
             "knows": self.knows,
             "loss": p.get("loss", LOSSES.get(self.attack, "ce")),
             "step": round(p["step_size"] * 255, 4) if "step_size" in p else None,
-            "steps": p.get("steps", 100 if self.attack == "autoattack" else p.get("queries")),
-            "queries": p.get("queries"),
+            "steps": p.get("steps", p.get("queries")),
             "restarts": 2 if self.attack == "eot-pgd" and "starts" not in p else 1,
             "eot": p.get("eot", 1),
             "parameters": p,
@@ -190,8 +189,8 @@ def jobs(settings: Settings, profile: Profile, defended: bool) -> list[Job]:
     if settings.suite == "paper":
         return [job for eps in settings.eps or (4, 8, 16) for job in _paper(settings, eps)]
     if settings.suite == "standard":
-        steps = {} if settings.steps == Settings.steps else {"steps": settings.steps}  # AutoAttack's own: 100
-        options = dict(version="standard", queries=settings.queries, **steps)
+        steps = 100 if settings.steps == Settings.steps else settings.steps  # AutoAttack's own, or what was asked for
+        options = dict(version="standard", queries=settings.queries, steps=steps)
         return [Job("AA", "autoattack", e, "frozen", settings.images, options) for e in settings.eps or (4,)]
     found = [job for eps in settings.eps or (4,) for job in _ladder(settings, profile, defended, eps)]
     if "sanity" in settings.levels:
