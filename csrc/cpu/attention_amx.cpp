@@ -1,4 +1,11 @@
 // The bf16 kernels with their products in AMX tiles; packing and softmax in AVX-512 BF16.
+//
+// Backward is that of the other vectors.  Forward has lanes over keys, so that queries, weights and
+// sums lie as tiles take and give them.  Two things about tiles shape it.  Their unit sleeps after
+// a third of a microsecond, wakes as slowly, and takes a port of the vectors' arithmetic while
+// awake: so one strip's values and the next one's scores are multiplied in one go.  And a tile of
+// rows far apart meets stores at its offset in other pages, and waits: so keys and scores lie tile
+// by tile.
 #include "cpu/attention.h"
 
 #if defined(__x86_64__) && defined(__linux__) && !defined(__clang__)
@@ -60,7 +67,6 @@ struct Tile16 : Pair16 {
     }
   }
 
- private:
   // Up to 2 x 2 tiles of C, so that every tile of A and of B is used twice: C in tiles 0 to 3,
   // A in 4 and 5, B in 6 and 7.
   template <int kTall, int kWide>
@@ -120,9 +126,229 @@ struct Tile16 : Pair16 {
   }
 };
 
+// Forward, by strips of 32 queries: two tiles that share each tile of keys or values.
+class Strips : Head<Tile16, Bfloat16> {
+ public:
+  static void forward(const AttentionProblem& p, const AttentionArrays& x, int64_t begin,
+                      int64_t end) {
+    Strips strips(p, x);
+    const Tile16::Shapes shapes;
+    strips.run(begin, end);
+  }
+
+ private:
+  using Tile = Tile16;
+  static constexpr int64_t kSide = Tile::kSide, kStrip = 2 * kSide, kTile = kSide * kSide;
+
+  struct Strip {
+    int64_t task, first, queries;  // no queries: no strip
+    float norm[kStrip];            // 1 / the sum of a query's weights
+  };
+
+  Strips(const AttentionProblem& problem, const AttentionArrays& arrays) : Head(problem, arrays) {
+    carve(reinterpret_cast<uintptr_t>(attention_scratch(carve(0))));
+  }
+
+  uintptr_t carve(uintptr_t base) {
+    Carver block{base};
+    const auto take = [&](int64_t rows, int64_t row) {
+      return Matrix{block.take<Real>(rows * row), row};
+    };
+    const int64_t keys = round_up(p_.keys, kUnit);
+    scores_ = {block.take<Real>(kStrip * keys), kSide * keys};
+    for (Matrix& values : values_) values = take(keys / 2, 2 * words_);
+    k_tiles_ = block.take<Real>(keys * words_);
+    v_ = take(keys, words_);
+    q_ = take(kStrip, words_);
+    sums_ = take(kStrip, 2 * words_);
+    return block.at;
+  }
+
+  void run(int64_t begin, int64_t end) {
+    const int64_t in_task = (p_.queries + kStrip - 1) / kStrip, count = (end - begin) * in_task;
+    const int64_t rows = larger(p_.queries, p_.keys);
+    if (count) prefetch(begin, 0, rows);
+    Strip last = {}, now = {};
+    for (int64_t i = 0; i <= count; ++i, last = now) {
+      now.queries = 0;
+      if (i < count) {
+        const int64_t task = begin + i / in_task, strip = i % in_task;
+        if (strip == 0) open(task);
+        if (task + 1 < end) {
+          prefetch(task + 1, rows * strip / in_task, rows * (strip + 1) / in_task);
+        }
+        now.task = task, now.first = strip * kStrip;
+        now.queries = smaller(kStrip, p_.queries - now.first);
+        pack(tokens(x_.q, p_.q, task / p_.heads, task % p_.heads), now.queries, q_, now.first);
+      }
+      if (last.queries) sum_values(last);
+      if (now.queries) score(now);
+      if (last.queries) write(last);
+      if (now.queries) weigh(now);
+    }
+  }
+
+  // Asks for a part of a task's rows, so that they are in the second cache in time.
+  void prefetch(int64_t task, int64_t begin, int64_t end) const {
+    const int64_t sequence = task / p_.heads, head = task % p_.heads;
+    const Tokens q = tokens(x_.q, p_.q, sequence, head), k = tokens(x_.k, p_.k, sequence, head);
+    const Tokens v = tokens(x_.v, p_.v, sequence, head);
+    const auto ask = [&](const Bfloat16* row) {
+      for (int64_t at = 0; at < p_.width; at += 32) __builtin_prefetch(row + at, 0, 2);
+    };
+    for (int64_t t = begin; t < end; ++t) {
+      if (t < p_.keys) ask(k[t]), ask(v[t]);
+      if (t < p_.queries) ask(q[t]);
+    }
+  }
+
+  // Packs a task's keys and values.
+  void open(int64_t task) {
+    const int64_t sequence = task / p_.heads, head = task % p_.heads;
+    const Tokens k = tokens(x_.k, p_.k, sequence, head);
+    float* tile = k_tiles_;
+    for (int64_t key = 0; key < p_.keys; key += kSide) {
+      for (int64_t w = 0; w < words_; w += kSide, tile += kTile) {
+        Vector x[kSide] = {};
+        for (int64_t i = 0; i < smaller(kSide, p_.keys - key); ++i) {
+          x[i] = load_words<Tile>(k[key + i] + 2 * w, p_.width - 2 * w);
+        }
+        store_transposed<Tile>(x, {tile, kSide});
+      }
+    }
+    pack(tokens(x_.v, p_.v, sequence, head), p_.keys, v_);
+    pair_rows(v_, p_.keys, values_[task % 2]);
+  }
+
+  // Queries times keys: for each 16 keys along the width.
+  void score(const Strip& strip) const {
+    const bool two = strip.queries > kSide;
+    const float* k = k_tiles_;
+    float* to = scores_[0];
+    for (int64_t key = 0; key < p_.keys; key += kSide, to += kTile) {
+      Tile::zero_tile<0>();
+      if (two) Tile::zero_tile<1>();
+      for (int64_t w = 0; w < words_; w += kSide, k += kTile) {
+        Tile::load_tile<4>(q_.data + w, q_.row);
+        Tile::load_tile<6>(k, kSide);
+        Tile::add_product<0, 4, 6>();
+        if (two) {
+          Tile::load_tile<5>(q_[kSide] + w, q_.row);
+          Tile::add_product<1, 5, 6>();
+        }
+      }
+      Tile::store_tile<0>(to, kSide);
+      if (two) Tile::store_tile<1>(to + scores_.row, kSide);
+    }
+  }
+
+  // Weights times values, for each 32 of the width along the keys.
+  void sum_values(const Strip& strip) const {
+    const bool two = strip.queries > kSide;
+    const Matrix values = values_[strip.task % 2];
+    for (int64_t at = 0; at < values.row; at += kUnit) {
+      Tile::zero_tile<0>(), Tile::zero_tile<1>();
+      if (two) Tile::zero_tile<2>(), Tile::zero_tile<3>();
+      const float* weights = scores_[0];
+      for (int64_t along = 0; 2 * along < p_.keys; along += kSide, weights += kTile) {
+        Tile::load_tile<4>(weights, kSide);
+        Tile::load_tile<6>(values[along] + at, values.row);
+        Tile::load_tile<7>(values[along] + at + kSide, values.row);
+        Tile::add_product<0, 4, 6>(), Tile::add_product<1, 4, 7>();
+        if (two) {
+          Tile::load_tile<5>(weights + scores_.row, kSide);
+          Tile::add_product<2, 5, 6>(), Tile::add_product<3, 5, 7>();
+        }
+      }
+      Tile::store_tile<0>(sums_.data + at, sums_.row);
+      Tile::store_tile<1>(sums_.data + at + kSide, sums_.row);
+      if (two) {
+        Tile::store_tile<2>(sums_[kSide] + at, sums_.row);
+        Tile::store_tile<3>(sums_[kSide] + at + kSide, sums_.row);
+      }
+    }
+  }
+
+  // Scores -> unnormalised weights in their place; norm and log-sum-exp.
+  void weigh(Strip& strip) {
+    const bool negative = p_.scale < 0;
+    const auto pick = [&](auto a, auto b) { return negative ? Tile::min(a, b) : Tile::max(a, b); };
+    const int64_t whole = p_.keys / kSide, rest = p_.keys % kSide;
+    for (int64_t at = 0; at < strip.queries; at += kSide) {
+      const int64_t rows = smaller(kSide, strip.queries - at);
+      float* const scores = scores_[at / kSide];
+      Vector peaks[kSide] = {}, sums[kSide] = {};
+      for (int64_t row = 0; row < rows; ++row) {
+        const float* score = scores + row * kSide;
+        Vector most = inside(Tile::load(score), p_.keys, score[0]);
+        for (int64_t i = 1; i < whole; ++i) most = pick(most, Tile::load(score + i * kTile));
+        if (rest) most = pick(most, inside(Tile::load(score + whole * kTile), rest, score[0]));
+        peaks[row] = most;
+      }
+      const Vector peak = across(peaks, pick);
+      for (int64_t row = 0; row < rows; ++row) sums[row] = weigh(scores + row * kSide, peak[row]);
+      const Vector sum = across(sums, [](auto a, auto b) { return a + b; });
+      Tile::store(strip.norm + at, 1 / sum);
+      float* const lse = static_cast<float*>(x_.lse) + strip.task * p_.queries + strip.first + at;
+      const Vector value = peak * static_cast<float>(p_.scale) + log<Tile>(sum);
+      store_elements<Tile>(lse, value, rows);
+    }
+  }
+
+  // One row's scores, a vector a tile -> weights in half the tiles, as pairs; their sums by lane.
+  Vector weigh(float* scores, float peak) const {
+    const float scale2 = static_cast<float>(p_.scale * kLog2E);
+    Vector sum{};
+    const auto weight = [&](int64_t tile) {
+      return exp2<Tile>(Tile::load(scores + tile * kTile) - peak, scale2);
+    };
+    const auto store = [&](int64_t i, Vector low, Vector high) {
+      sum += low + high;
+      const auto pairs = _mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+      Tile::store(scores + i * kTile, (Vector)pairs);
+    };
+    int64_t i = 0;
+    for (; (i + 1) * kUnit <= p_.keys; ++i) store(i, weight(2 * i), weight(2 * i + 1));
+    if (const int64_t left = p_.keys - i * kUnit; left > 0) {
+      const Vector low = inside(weight(2 * i), left, 0);
+      store(i, low, left > kSide ? inside(weight(2 * i + 1), left - kSide, 0) : Vector{});
+    }
+    return sum;
+  }
+
+  void write(const Strip& strip) const {
+    const int64_t row = p_.heads * p_.width, sequence = strip.task / p_.heads;
+    Bfloat16* to = static_cast<Bfloat16*>(x_.out) + strip.task % p_.heads * p_.width +
+                   (sequence * p_.queries + strip.first) * row;
+    for (int64_t i = 0; i < strip.queries; ++i, to += row) store_row(sums_[i], strip.norm[i], to);
+  }
+
+  // The first lanes of x, the others ``rest``.
+  static Vector inside(Vector x, int64_t lanes, float rest) {
+    const auto mask = static_cast<__mmask16>(_bzhi_u32(0xffff, larger(0, smaller(lanes, kSide))));
+    return (Vector)_mm512_mask_blend_ps(mask, _mm512_set1_ps(rest), (__m512)x);
+  }
+
+  // Lane i: the lanes of x[i] joined.
+  template <class Join>
+  static Vector across(Vector (&x)[kSide], Join join) {
+#pragma GCC unroll 4
+    for (int n = kSide / 2; n; n /= 2) {
+#pragma GCC unroll 8
+      for (int i = 0; i < n; ++i) {
+        x[i] = join(Tile::interleave<0>(x[i], x[i + n]), Tile::interleave<1>(x[i], x[i + n]));
+      }
+    }
+    return x[0];
+  }
+
+  Matrix values_[2];  // [key word][width], of a task and of the next
+  float* k_tiles_;    // [key block][width block], each a tile [width word][key]
+};
+
 }  // namespace
 
-const AttentionKernels kAttentionAmx = {{nullptr, Head<Tile16, Bfloat16>::forward, nullptr},
+const AttentionKernels kAttentionAmx = {{nullptr, Strips::forward, nullptr},
                                         {nullptr, Head<Tile16, Bfloat16>::backward, nullptr}};
 
 }  // namespace impure_fast

@@ -207,7 +207,7 @@ class Head {
     }
   }
 
- private:
+ protected:
   using Real = typename S::Real;
   using Vector = typename S::Vector;
   using Matrix = Rows2D<Real>;
@@ -215,8 +215,10 @@ class Head {
   static constexpr int64_t kUnit = S::kTiled ? 2 * S::kLanes : S::kPair;  // of rows in the scratch
   static constexpr int64_t kTouched = 512 * 1024;                         // bytes
 
+  // Without scratch.
+  Head(const AttentionProblem& problem, const AttentionArrays& arrays) : p_(problem), x_(arrays) {}
   Head(const AttentionProblem& problem, const AttentionArrays& arrays, bool gradients)
-      : p_(problem), x_(arrays) {
+      : Head(problem, arrays) {
     carve(reinterpret_cast<uintptr_t>(attention_scratch(carve(0, gradients))), gradients);
   }
 
@@ -229,17 +231,13 @@ class Head {
     const auto take_pairs = [&](int64_t rows, Matrix same) {
       return S::kPair == 1 ? same : take(rows / S::kPair, width);
     };
-    strip_ =
-        smaller((S::kTiled && !gradients ? 2 : 4) * S::kLanes, round_up(p_.queries, S::kLanes));
+    strip_ = smaller(4 * S::kLanes, round_up(p_.queries, S::kLanes));
     const int64_t queries = round_up(p_.queries, kUnit), keys = round_up(p_.keys, kUnit);
     k_ = take(keys, words), v_ = take(keys, words);
     q_lanes_ = take(words, strip_), scores_ = take(keys, strip_);
     sums_ = take(gradients ? queries : strip_, width);
     norm_ = block.take<Real>(strip_);
-    if (S::kTiled) {
-      sums_lanes_ = take(width, strip_);
-      (gradients ? k_columns_ : v_columns_) = take(width, keys / S::kPair);
-    }
+    if (S::kTiled) sums_lanes_ = take(width, strip_), k_columns_ = take(width, keys / S::kPair);
     if (!gradients) {
       v_pairs_ = take_pairs(keys, v_);
       return block.at;
@@ -306,10 +304,11 @@ class Head {
   }
 
   // Rows in words; where words are pairs, an even number of rows.
-  void pack(const Tokens& from, int64_t count, Matrix to) const {
+  void pack(const Tokens& from, int64_t count, Matrix to, int64_t first = 0) const {
     for (int64_t t = 0; t < count; ++t) {
+      const T* const row = from[first + t];
       for (int64_t w = 0; w < words_; w += S::kLanes) {
-        S::store(to[t] + w, load_words<S>(from[t] + w * S::kPair, p_.width - w * S::kPair));
+        S::store(to[t] + w, load_words<S>(row + w * S::kPair, p_.width - w * S::kPair));
       }
     }
     zero(to, count, round_up(count, kUnit));
@@ -377,7 +376,6 @@ class Head {
     pack(tokens(x_.k, p_.k, sequence, head), p_.keys, k_);
     pack(tokens(x_.v, p_.v, sequence, head), p_.keys, v_);
     pair_rows(v_, p_.keys, v_pairs_);
-    if constexpr (S::kTiled) transpose<S>(v_pairs_, v_columns_.row, v_pairs_.row, v_columns_);
     T* const out = static_cast<T*>(x_.out) + (sequence * p_.queries * p_.heads + head) * p_.width;
     Real* const lse = static_cast<Real*>(x_.lse) + (sequence * p_.heads + head) * p_.queries;
     for_strips([&]<class Q>(int64_t first, int64_t queries, int64_t lanes) {
@@ -385,7 +383,7 @@ class Head {
       pack_lanes<Q>(q, first, queries, q_lanes);
       multiply<Q>(p_.keys, lanes, words_, {k_.data, k_.row, 1}, q_lanes, scores);
       softmax<Q>(scores, lanes, lse + first, queries);
-      sum_values(scores, lanes, queries, v_pairs_, v_columns_, sums_);
+      sum_values(scores, lanes, queries, v_pairs_, {}, sums_);
       for (int64_t i = 0; i < queries; ++i) {
         store_row(sums_[i], norm_[i], out + (first + i) * p_.heads * p_.width);
       }
@@ -546,7 +544,7 @@ class Head {
   const int64_t key_words_ = (p_.keys + S::kPair - 1) / S::kPair;
   int64_t strip_;  // queries taken at a time
   Matrix q_, k_, v_, g_, q_lanes_, g_lanes_, q_pairs_, k_pairs_, v_pairs_, g_pairs_;
-  Matrix k_columns_, v_columns_, sums_lanes_;  // of tiles alone
+  Matrix k_columns_, sums_lanes_;  // of tiles alone
   Matrix scores_, slopes_, p_rows_, s_rows_, sums_, dk_, dv_, total_[3];
   Real* norm_;
 };
