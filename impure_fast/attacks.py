@@ -8,15 +8,21 @@ IMPure authors ran and no library has (``authors-*``, SPEC 7.1).  eps and step_s
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import InputError, needs_extra
-from .purify import expected_logits
+from .images import write_npz
+from .purify import PurifiedClassifier, expected_logits, to_bytes, to_float
+
+KEPT_EVERY = 60.0  # seconds
 
 
 def attack(
@@ -29,25 +35,35 @@ def attack(
     seed: int,
     batch: int = 32,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    keep: Path | None = None,
     **parameters: Any,
 ) -> Tensor:
     """Attack images and round the result to 8 bits as an image file would.
 
     model: [N, 3, H, W] in [0, 1] -> logits; images: [N, 3, H, W]; labels: [N] int64; eps in the images' units.
+    keep: a file (.npz) of this very call, which holds the batches that are done and the state of all draws: a call
+    that was killed goes on from there, to the same result, and so does one of more images that begin with these.
+    progress: called with what ``keep`` held, then after each batch.
     Global generators and the modes (train, eval) of all modules are left as they were.
     Raises InputError for an unknown attack or parameter, MissingExtraError without the attack libraries.
     """
     function = _named(name)
     images = images.contiguous()  # pyautoattack takes views of gradients, which follow the image's strides
     modes = {module: module.training for module in model.modules()}
-    done = []
     try:
         with torch.random.fork_rng(), torch.enable_grad():  # of every GPU too: manual_seed reaches them all
             torch.manual_seed(seed)
-            for x, y in zip(images.split(batch), labels.split(batch), strict=True):
+            done = [_kept(keep, model, images)] if keep and keep.exists() else [images[:0]]
+            kept, written = len(done[0]), time.monotonic()
+            progress(kept, len(images))
+            for at in range(kept, len(images), batch):
+                x, y = images[at : at + batch], labels[at : at + batch]
                 attacked = function(model.eval(), x, y, eps, seed, **parameters).detach()
                 done.append(_rounded(attacked, x, eps))
                 progress(sum(map(len, done)), len(images))
+                if keep and len(x) == batch and time.monotonic() - written >= KEPT_EVERY:
+                    _keep(keep, model, torch.cat(done))
+                    written = time.monotonic()
     except TypeError as error:
         if "keyword" not in str(error):  # of an unexpected or a missing one
             raise
@@ -56,6 +72,28 @@ def attack(
         for module, training in modes.items():
             module.training = training
     return torch.cat(done)
+
+
+def _keep(path: Path, model: nn.Module, done: Tensor) -> None:
+    """Write what is done, whole batches, and where every generator stands."""
+    states = [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if done.is_cuda else [])]
+    used = [module.used for module in model.modules() if isinstance(module, PurifiedClassifier)]
+    arrays = {f"generator{i}": state.numpy() for i, state in enumerate(states)}
+    write_npz(path, {"images": to_bytes(done), "used": np.array(used, dtype=np.int64)} | arrays)
+
+
+def _kept(path: Path, model: nn.Module, images: Tensor) -> Tensor:
+    """What a file of ``_keep`` has of these images; all draws stand where they stood."""
+    with np.load(path, allow_pickle=False) as file:
+        states = [torch.from_numpy(file[f"generator{i}"]) for i in range(len(file.files) - 2)]
+        done, used = to_float(file["images"]).to(images), file["used"].tolist()
+    torch.set_rng_state(states[0])
+    if images.is_cuda:
+        torch.cuda.set_rng_state_all(states[1:])
+    drawing = [module for module in model.modules() if isinstance(module, PurifiedClassifier)]
+    for module, count in zip(drawing, used, strict=True):
+        module.used = count
+    return done[: len(images)]
 
 
 def _rounded(z: Tensor, x: Tensor, eps: float) -> Tensor:

@@ -309,7 +309,7 @@ class PurifiedClassifier(nn.Module):
         self.mode, self.samples, self.clamp = mode, samples, clamp
         self.seed = 0 if mode == "deterministic" and seed is None else seed
         self.steps = {"image_step": image_step, "feature_step": feature_step}
-        self._used = 0
+        self.used = 0  # streams; a run that goes on sets it
         self.register_buffer("mean", torch.tensor(list(map(float, mean))).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(list(map(float, std))).view(3, 1, 1), persistent=False)
 
@@ -319,8 +319,8 @@ class PurifiedClassifier(nn.Module):
         if self.mode == "deterministic":
             streams = torch.full((n,), sample)
         else:
-            streams = (torch.arange(n) + self._used) % 2**32
-            self._used += n
+            streams = (torch.arange(n) + self.used) % 2**32
+            self.used += n
         purify: Any = self.purifier.purify
         purified = purify(images, seed=self.seed, streams=streams, clamp=self.clamp is True, **self.steps)
         return _PassThroughClamp.apply(purified) if self.clamp == "straight-through" else purified

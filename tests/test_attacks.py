@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from impure_fast import PurifiedClassifier, attacks
 from impure_fast.attacks import ATTACKS, AUTHORS, attack, expected_gradient, margin, parse, sign_steps
 from impure_fast.errors import InputError
+from impure_fast.evaluation.defences import baseline
 
 from .conftest import global_generator_untouched, random_images
 
@@ -272,3 +274,36 @@ def test_unknown_starts_and_losses_are_named(wrong, model, data):
     with pytest.raises(InputError, match=next(iter(wrong))):
         run("eot-pgd", model, data, **wrong)
     assert torch.equal(run("eot-pgd", model, data, starts="image"), run("eot-pgd", model, data, starts=("image",)))
+
+
+@pytest.mark.parametrize("name", ["pgd", "eot-pgd", "square", "autoattack"])
+def test_a_killed_attack_goes_on_to_the_same_images(name, model, data, monkeypatch, tmp_path):
+    monkeypatch.setattr(attacks, "KEPT_EVERY", 0.0)
+    keep, noisy = tmp_path / "part.npz", baseline("resize-pad").purifier
+
+    def attacked(images=6, stop=None, **changes):
+        done = []
+
+        def progress(count, total):
+            done.append(count)
+            if count == stop:
+                raise KeyboardInterrupt
+
+        pipeline = PurifiedClassifier(model, noisy, mean=(0, 0, 0), std=(1, 1, 1), seed=5)
+        return run(name, pipeline, [x[:images] for x in data], batch=2, progress=progress, **changes), done
+
+    whole, done = attacked()
+    assert done == [0, 2, 4, 6]
+    with pytest.raises(KeyboardInterrupt):
+        attacked(stop=4, keep=keep)
+    resumed, done = attacked(keep=keep)
+    assert done == [2, 4, 6]  # the batch at which it was killed was not kept yet
+    torch.testing.assert_close(resumed, whole, rtol=0, atol=0)
+    again, done = attacked(keep=keep)
+    assert done == [6]
+    torch.testing.assert_close(again, whole, rtol=0, atol=0)
+    keep.unlink()
+    for images, counts in ((3, [0, 2, 3]), (6, [2, 4, 6]), (4, [4])):  # a batch that is not whole is made again
+        some, done = attacked(images, keep=keep)
+        assert done == counts
+        torch.testing.assert_close(some[: images - images % 2], whole[: images - images % 2], rtol=0, atol=0)

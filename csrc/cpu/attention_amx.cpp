@@ -1,11 +1,10 @@
 // The bf16 kernels with their products in AMX tiles; packing and softmax in AVX-512 BF16.
 //
 // Backward is that of the other vectors.  Forward has lanes over keys, so that queries, weights and
-// sums lie as tiles take and give them.  Two things about tiles shape it.  Their unit sleeps after
-// a third of a microsecond, wakes as slowly, and takes a port of the vectors' arithmetic while
-// awake: so one strip's values and the next one's scores are multiplied in one go.  And a tile of
-// rows far apart meets stores at its offset in other pages, and waits: so keys and scores lie tile
-// by tile.
+// sums lie as tiles take and give them.  Two things about tiles shape it.  Their unit falls asleep
+// when it rests, wakes slowly, and while awake takes a port of the vectors' arithmetic: so a
+// strip's values and the next one's scores are multiplied in one go.  And a tile whose rows are far
+// apart waits for stores at like offsets of other pages: so keys and scores lie tile by tile.
 #include "cpu/attention.h"
 
 #if defined(__x86_64__) && defined(__linux__) && !defined(__clang__)

@@ -13,7 +13,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import timedelta
 from functools import partial
 from importlib import import_module
@@ -160,15 +160,23 @@ class Evaluation:
         result = self.images[:n].clone()
         chosen = self.right[:n].nonzero()[:, 0] if job.only_right else torch.arange(n)
         title = f"{job.knows if job.shared else defence.name}: {job.level} {job.attack}"
-        began = time.perf_counter()
-        options: dict[str, Any] = dict(eps=job.eps / 255, seed=self.seed("attack"), batch=self.settings.batch)
-        options |= dict(job.parameters, progress=partial(self.progress, title))
+        s, began, seen = self.settings, time.perf_counter(), list[int]()
+
+        def progress(done: int, total: int) -> None:
+            seen.append(done)
+            self.progress(title, done, total)
+
+        options: dict[str, Any] = dict(eps=job.eps / 255, seed=self.seed("attack"), batch=s.batch, progress=progress)
+        own = None if job.shared else self.identity(defence)
+        parts = (self._made(replace(job, images=0)), self.ids, s.seed, s.batch, own)
+        options |= dict(job.parameters, keep=self.folder / "attacks" / f"{_key(*parts)}.part.npz")
         with _warnings() as flags:
             if len(chosen):
                 model = self.attackable(job, defence)
                 result[chosen] = attack(job.attack, model, result[chosen], self.labels[:n][chosen], **options)
-        seconds = (time.perf_counter() - began) / max(1, len(chosen))
-        return result, {"seconds": round(seconds, 4), "flags": flags}
+        fresh = len(chosen) - seen[0] if seen else 0
+        seconds = round((time.perf_counter() - began) / fresh, 4) if fresh else None
+        return result, {"seconds": seconds, "flags": flags}
 
     def count(self, job: Job) -> int:
         """Images of an attack."""
