@@ -62,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     empty = command(_overhead, "overhead", "measure what a call costs beside its kernel")
     top = command(_ceilings, "ceilings", "copy bandwidth, product rates, and the network's own products")
     top.add_argument("--small", action="store_true", help="one of the network's products alone")
+    top.add_argument("--compile", action="store_true", help="two products alone, torch.compile's beside")
     top.add_argument("--dtypes", type=_some(DTYPES), default="float32,bfloat16", help=", ".join(DTYPES))
     measure_on(top)
     count(empty)
@@ -123,7 +124,7 @@ def _overhead(options: argparse.Namespace) -> None:
 
 def _ceilings(options: argparse.Namespace) -> None:
     rows: list[dict[str, Any]] = []
-    for row in ceiling_rows(options.dtypes, options.device, options.rounds, options.small):
+    for row in ceiling_rows(options.dtypes, options.device, options.rounds, options.small, options.compile):
         units = {"gflops": "GFLOP/s", "gbytes_per_s": "GB/s", "median_us": "us"}
         speed = next((f"{row[key]:.1f} {unit}" for key, unit in units.items() if key in row), row.get("why_not"))
         print(f"{row['op']} {row['shape']:16} {row['dtype']:9} {row['provider']:17} {speed}", flush=True)

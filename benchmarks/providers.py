@@ -102,7 +102,7 @@ def _operator(problem: Problem) -> dict[str, Provider]:
     def compiled(reference: Callable[..., Any]) -> Provider:
         return lambda *inputs: first(reference(*problem.arguments(inputs)), problem.op)
 
-    known |= {name: compiled(call) for name, call in _compiled(spec.reference).items()}
+    known |= {name: compiled(call) for name, call in compilers(spec.reference).items()}
     if problem.op == "reconstruction_attention":
         chunks = problem.options["chunks"]
         known |= {"sdpa": _replicas(_sdpa, chunks), "products": _replicas(_products, chunks)}
@@ -115,7 +115,7 @@ def _operator(problem: Problem) -> dict[str, Provider]:
 
 def _network(problem: Problem, authors: str | None) -> dict[str, Provider]:
     known = {name: network(problem.preset, name) for name in ("reference", "auto")}
-    known |= {name: network(problem.preset, "reference", run) for name, run in _compiled(reconstruct).items()}
+    known |= {name: network(problem.preset, "reference", run) for name, run in compilers(reconstruct).items()}
     known["engine"] = _engine(problem.preset)
     if authors and problem.preset == "impure_base_patch16_224":
         from .authors import Authors
@@ -124,8 +124,8 @@ def _network(problem: Problem, authors: str | None) -> dict[str, Provider]:
     return known
 
 
-def _compiled(function: Provider) -> dict[str, Provider]:
-    """Each of COMPILE, whole or not at all: without breaks, and never in silence back to eager."""
+def compilers(function: Provider) -> dict[str, Provider]:
+    """{name: the function under torch.compile}: whole or not at all, never in silence back to eager."""
 
     def compiled(options: dict[str, Any]) -> Provider:
         made: list[Provider] = []  # at the first call: the compiler's import alone takes seconds

@@ -28,7 +28,7 @@ from impure_fast.demo import processor_name
 from impure_fast.engine.products import OneDnn, onednn_missing
 from impure_fast.ops.reconstruction_attention import SPEC
 
-from .providers import BASELINES, Provider
+from .providers import BASELINES, Provider, compilers
 from .registry import Problem
 
 SECONDS = 0.02  # of work behind one reading on a CPU
@@ -395,12 +395,16 @@ PRODUCTS = [
     for rows, width in ((400, 768), (788, 512))
     for k, n in ((width, 3 * width), (width, width), (width, 4 * width), (4 * width, width))
 ]
+MLP = [(400 * 64, 768, 3072), (400 * 64, 3072, 768)]
 
 
-def ceiling_rows(dtypes: list[str], device: str, rounds: int, small: bool) -> Iterator[dict[str, Any]]:
+def ceiling_rows(
+    dtypes: list[str], device: str, rounds: int, small: bool, compiled: bool = False
+) -> Iterator[dict[str, Any]]:
     """The machine's ceilings, what a launch costs, and what is reached on the network's own products.
 
     copy in cache: 10 MB, ten times; launch: one of 156 additions of a number, as many as a pass of the engine has.
+    compiled: the two products of the encoder's MLP alone, at 64 images, with torch.compile's beside.
     """
     for name in dtypes:
         dtype = getattr(torch, name)
@@ -411,15 +415,20 @@ def ceiling_rows(dtypes: list[str], device: str, rounds: int, small: bool) -> It
         yield {**base, "op": "ceiling", "shape": "product", "gflops": round(product / 1e9, 1)} | after
         yield from ({**base, "op": "ceiling"} | row | board(device) for row in _small_ceilings(dtype, device))
         square = (8192, 8192, 8192) if device == "cuda" else (1024, 1024, 1024)
-        for m, k, n in PRODUCTS[:1] if small else (square, *PRODUCTS):
+        for m, k, n in PRODUCTS[:1] if small else MLP if compiled else (square, *PRODUCTS):
             x, weight = (torch.randn(shape, device=device).to(dtype) for shape in ((m, k), (n, k)))
-            for provider, multiply in (products(weight) | variants(weight)).items():
+            found = products(weight) | variants(weight)
+            if compiled:
+                linear = torch.nn.Linear(k, n, bias=False, device="meta")
+                linear.weight = torch.nn.Parameter(weight, requires_grad=False)
+                found |= compilers(linear)
+            for provider, multiply in found.items():
                 row = {**base, "provider": provider, "op": "product", "shape": f"{m}x{k}x{n}"}
                 try:
                     with torch.inference_mode():
                         clock = _clock(functools.partial(multiply, x), device)
                         taken = [clock.read(1) for _ in range(rounds)]
-                except RuntimeError as failed:  # a GPU's library may lack one of them
+                except Exception as failed:  # a GPU's library may lack one of them, or the machine a compiler
                     yield row | {"why_not": str(failed).splitlines()[0]}
                     continue
                 row |= {"clock": clock.name} | board(device) | _figures(taken, None, (0.0, 0.0), (copy, product))

@@ -630,6 +630,8 @@ def test_the_campaign_can_be_rehearsed_on_a_cpu(tmp_path):
     run = subprocess.run([*call, "--minutes", "60", "--python", sys.executable], capture_output=True, text=True)
     assert run.returncode == 0, run.stdout
     assert {file.name for file in tmp_path.iterdir()} >= {"kernels.csv", "latency.csv", "training.json", "compile.json"}
+    compiled = {r["provider"]: r for r in json.loads((tmp_path / "products.json").read_text()) if r["op"] == "product"}
+    assert compiled["compile-max-autotune"]["gflops"] > 0
     ran = {line["op"].split()[0] for line in results.read(tmp_path / "kernels.csv")}
     assert ran == {"ceiling", "product", "reconstruct", *OPERATORS} - {"normalise_rows"}
     rows = results.read(tmp_path / "kernels.csv")
