@@ -732,6 +732,38 @@ def test_the_command_writes_the_report_and_sums_it_up(data, weights, tmp_path, c
     assert "error: data='': name a folder, a shard or a packed npz." in capsys.readouterr().err
 
 
+def untrained_resnet20():
+    from impure_fast.classifiers import CifarResNet
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = CifarResNet(20).eval()
+    model.side = 32
+    return model
+
+
+@pytest.mark.slow
+def test_a_quick_ladder_of_the_cifar_purifier_takes_six_minutes_at_most(tmp_path, capsys):
+    from impure_fast import cli
+
+    coarse = random_images(64, 3, 8, 8, seed=1)
+    images = (nn.functional.interpolate(coarse, (32, 32), mode="bicubic").clamp(0, 1) * 255).byte()
+    jpegs = [encode_jpeg(image.permute(1, 2, 0).numpy(), 95) for image in images]
+    arrays = np.stack([np.asarray(Image.open(io.BytesIO(jpeg))) for jpeg in jpegs])
+    with torch.no_grad():
+        labels = untrained_resnet20()(to_float(arrays)).argmax(dim=1)
+    write_packed(tmp_path / "smooth.npz", jpegs, labels.tolist(), [str(i) for i in range(len(jpegs))])
+    arguments = ["evaluate", "--data", tmp_path / "smooth.npz", "--output", tmp_path / "out", "--suite", "ladder"]
+    arguments += ["--classifier", f"{__name__}:untrained_resnet20", "--purifier", "impure_tiny_cifar10", "--quick"]
+    began = time.monotonic()
+    with pytest.raises(SystemExit) as ended:
+        cli.main([str(a) for a in arguments])
+    taken, text = time.monotonic() - began, capsys.readouterr().out
+    assert (ended.value.code or 0) == 0
+    assert "Widest interval of each level, in points: T0 " in text
+    assert taken < 360, f"{taken:.0f} s"
+
+
 def test_the_quick_protocol_asks_for_a_bounded_number_of_gradients():
     """What makes it end in minutes on two cores: pictures through a random purifier, forward and back."""
     quick = suites.Settings(data="x", **suites.QUICK)
