@@ -1,10 +1,9 @@
 // The bf16 kernels with their products in AMX tiles; packing and softmax in AVX-512 BF16.
 //
 // Backward is that of the other vectors.  Forward has lanes over keys, so that queries, weights and
-// sums lie as tiles take and give them.  Two things about tiles shape it.  Their unit falls asleep
-// when it rests, wakes slowly, and while awake takes a port of the vectors' arithmetic: so a
-// strip's values and the next one's scores are multiplied in one go.  And a tile whose rows are far
-// apart waits for stores at like offsets of other pages: so keys and scores lie tile by tile.
+// sums lie as tiles take and give them.  The tiles' unit falls asleep when it rests, wakes slowly,
+// and while awake takes a port of the vectors' arithmetic: so a strip's values and the next one's
+// scores are multiplied in one go.
 #include "cpu/attention.h"
 
 #if defined(__x86_64__) && defined(__linux__) && !defined(__clang__)
@@ -137,7 +136,7 @@ class Strips : Head<Tile16, Bfloat16> {
 
  private:
   using Tile = Tile16;
-  static constexpr int64_t kSide = Tile::kSide, kStrip = 2 * kSide, kTile = kSide * kSide;
+  static constexpr int64_t kSide = Tile::kSide, kStrip = 2 * kSide;
 
   struct Strip {
     int64_t task, first, queries;  // no queries: no strip
@@ -153,10 +152,10 @@ class Strips : Head<Tile16, Bfloat16> {
     const auto take = [&](int64_t rows, int64_t row) {
       return Matrix{block.take<Real>(rows * row), row};
     };
-    const int64_t keys = round_up(p_.keys, kUnit);
-    scores_ = {block.take<Real>(kStrip * keys), kSide * keys};
+    const int64_t keys = round_up(p_.keys, kUnit), row = keys + kSide;  // an odd number of lines
+    scores_ = take(kStrip, row);
     for (Matrix& values : values_) values = take(keys / 2, 2 * words_);
-    k_tiles_ = block.take<Real>(keys * words_);
+    k_lanes_ = take(words_, row);
     v_ = take(keys, words_);
     q_ = take(kStrip, words_);
     sums_ = take(kStrip, 2 * words_);
@@ -204,17 +203,7 @@ class Strips : Head<Tile16, Bfloat16> {
   // Packs a task's keys and values.
   void open(int64_t task) {
     const int64_t sequence = task / p_.heads, head = task % p_.heads;
-    const Tokens k = tokens(x_.k, p_.k, sequence, head);
-    float* tile = k_tiles_;
-    for (int64_t key = 0; key < p_.keys; key += kSide) {
-      for (int64_t w = 0; w < words_; w += kSide, tile += kTile) {
-        Vector x[kSide] = {};
-        for (int64_t i = 0; i < smaller(kSide, p_.keys - key); ++i) {
-          x[i] = load_words<Tile>(k[key + i] + 2 * w, p_.width - 2 * w);
-        }
-        store_transposed<Tile>(x, {tile, kSide});
-      }
-    }
+    pack_lanes<Tile>(tokens(x_.k, p_.k, sequence, head), 0, p_.keys, k_lanes_);
     pack(tokens(x_.v, p_.v, sequence, head), p_.keys, v_);
     pair_rows(v_, p_.keys, values_[task % 2]);
   }
@@ -222,22 +211,20 @@ class Strips : Head<Tile16, Bfloat16> {
   // Queries times keys: for each 16 keys along the width.
   void score(const Strip& strip) const {
     const bool two = strip.queries > kSide;
-    const float* k = k_tiles_;
-    float* to = scores_[0];
-    for (int64_t key = 0; key < p_.keys; key += kSide, to += kTile) {
+    for (int64_t key = 0; key < p_.keys; key += kSide) {
       Tile::zero_tile<0>();
       if (two) Tile::zero_tile<1>();
-      for (int64_t w = 0; w < words_; w += kSide, k += kTile) {
+      for (int64_t w = 0; w < words_; w += kSide) {
         Tile::load_tile<4>(q_.data + w, q_.row);
-        Tile::load_tile<6>(k, kSide);
+        Tile::load_tile<6>(k_lanes_[w] + key, k_lanes_.row);
         Tile::add_product<0, 4, 6>();
         if (two) {
           Tile::load_tile<5>(q_[kSide] + w, q_.row);
           Tile::add_product<1, 5, 6>();
         }
       }
-      Tile::store_tile<0>(to, kSide);
-      if (two) Tile::store_tile<1>(to + scores_.row, kSide);
+      Tile::store_tile<0>(scores_.data + key, scores_.row);
+      if (two) Tile::store_tile<1>(scores_[kSide] + key, scores_.row);
     }
   }
 
@@ -248,14 +235,13 @@ class Strips : Head<Tile16, Bfloat16> {
     for (int64_t at = 0; at < values.row; at += kUnit) {
       Tile::zero_tile<0>(), Tile::zero_tile<1>();
       if (two) Tile::zero_tile<2>(), Tile::zero_tile<3>();
-      const float* weights = scores_[0];
-      for (int64_t along = 0; 2 * along < p_.keys; along += kSide, weights += kTile) {
-        Tile::load_tile<4>(weights, kSide);
+      for (int64_t along = 0; 2 * along < p_.keys; along += kSide) {
+        Tile::load_tile<4>(scores_.data + along, scores_.row);
         Tile::load_tile<6>(values[along] + at, values.row);
         Tile::load_tile<7>(values[along] + at + kSide, values.row);
         Tile::add_product<0, 4, 6>(), Tile::add_product<1, 4, 7>();
         if (two) {
-          Tile::load_tile<5>(weights + scores_.row, kSide);
+          Tile::load_tile<5>(scores_[kSide] + along, scores_.row);
           Tile::add_product<2, 5, 6>(), Tile::add_product<3, 5, 7>();
         }
       }
@@ -268,49 +254,49 @@ class Strips : Head<Tile16, Bfloat16> {
     }
   }
 
-  // Scores -> unnormalised weights in their place; norm and log-sum-exp.
+  // Scores -> unnormalised weights in their place, as words of keys; norm and log-sum-exp.
   void weigh(Strip& strip) {
     const bool negative = p_.scale < 0;
     const auto pick = [&](auto a, auto b) { return negative ? Tile::min(a, b) : Tile::max(a, b); };
-    const int64_t whole = p_.keys / kSide, rest = p_.keys % kSide;
-    for (int64_t at = 0; at < strip.queries; at += kSide) {
-      const int64_t rows = smaller(kSide, strip.queries - at);
-      float* const scores = scores_[at / kSide];
+    const int64_t whole = p_.keys / kSide * kSide, rest = p_.keys % kSide;
+    for (int64_t first = 0; first < strip.queries; first += kSide) {
+      const int64_t rows = smaller(kSide, strip.queries - first);
       Vector peaks[kSide] = {}, sums[kSide] = {};
       for (int64_t row = 0; row < rows; ++row) {
-        const float* score = scores + row * kSide;
-        Vector most = inside(Tile::load(score), p_.keys, score[0]);
-        for (int64_t i = 1; i < whole; ++i) most = pick(most, Tile::load(score + i * kTile));
-        if (rest) most = pick(most, inside(Tile::load(score + whole * kTile), rest, score[0]));
+        const float* const scores = scores_[first + row];
+        Vector most = inside(Tile::load(scores), p_.keys, scores[0]);
+        for (int64_t at = kSide; at < whole; at += kSide)
+          most = pick(most, Tile::load(scores + at));
+        if (rest) most = pick(most, inside(Tile::load(scores + whole), rest, scores[0]));
         peaks[row] = most;
       }
       const Vector peak = across(peaks, pick);
-      for (int64_t row = 0; row < rows; ++row) sums[row] = weigh(scores + row * kSide, peak[row]);
+      for (int64_t row = 0; row < rows; ++row) sums[row] = weigh(scores_[first + row], peak[row]);
       const Vector sum = across(sums, [](auto a, auto b) { return a + b; });
-      Tile::store(strip.norm + at, 1 / sum);
-      float* const lse = static_cast<float*>(x_.lse) + strip.task * p_.queries + strip.first + at;
+      Tile::store(strip.norm + first, 1 / sum);
+      const int64_t query = strip.task * p_.queries + strip.first + first;
       const Vector value = peak * static_cast<float>(p_.scale) + log<Tile>(sum);
-      store_elements<Tile>(lse, value, rows);
+      store_elements<Tile>(static_cast<float*>(x_.lse) + query, value, rows);
     }
   }
 
-  // One row's scores, a vector a tile -> weights in half the tiles, as pairs; their sums by lane.
+  // One row's; the sums of its weights by lane.
   Vector weigh(float* scores, float peak) const {
     const float scale2 = static_cast<float>(p_.scale * kLog2E);
     Vector sum{};
-    const auto weight = [&](int64_t tile) {
-      return exp2<Tile>(Tile::load(scores + tile * kTile) - peak, scale2);
+    const auto weight = [&](int64_t at) {
+      return exp2<Tile>(Tile::load(scores + at) - peak, scale2);
     };
-    const auto store = [&](int64_t i, Vector low, Vector high) {
+    const auto store = [&](int64_t at, Vector low, Vector high) {
       sum += low + high;
       const auto pairs = _mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
-      Tile::store(scores + i * kTile, (Vector)pairs);
+      Tile::store(scores + at / 2, (Vector)pairs);
     };
-    int64_t i = 0;
-    for (; (i + 1) * kUnit <= p_.keys; ++i) store(i, weight(2 * i), weight(2 * i + 1));
-    if (const int64_t left = p_.keys - i * kUnit; left > 0) {
-      const Vector low = inside(weight(2 * i), left, 0);
-      store(i, low, left > kSide ? inside(weight(2 * i + 1), left - kSide, 0) : Vector{});
+    int64_t at = 0;
+    for (; at + kUnit <= p_.keys; at += kUnit) store(at, weight(at), weight(at + kSide));
+    if (const int64_t left = p_.keys - at; left > 0) {
+      const Vector low = inside(weight(at), left, 0);
+      store(at, low, left > kSide ? inside(weight(at + kSide), left - kSide, 0) : Vector{});
     }
     return sum;
   }
@@ -342,7 +328,7 @@ class Strips : Head<Tile16, Bfloat16> {
   }
 
   Matrix values_[2];  // [key word][width], of a task and of the next
-  float* k_tiles_;    // [key block][width block], each a tile [width word][key]
+  Matrix k_lanes_;    // [width word][key]
 };
 
 }  // namespace
