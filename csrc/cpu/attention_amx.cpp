@@ -57,10 +57,15 @@ struct Tile16 : Pair16 {
       const bool wide = lanes - at > kSide;
       for (int64_t i = 0; i < rows; i += 2 * kSide) {
         const bool tall = rows - i > kSide;
-        const auto go = tall   ? (wide ? block<2, 2> : block<2, 1>)
-                        : wide ? block<1, 2>
-                               : block<1, 1>;
-        go(length, {a.data + i * a.row, a.row, 1}, {b.data + at, b.row}, {c[i] + at, c.row}, add);
+        const Factor<float> part{a.data + i * a.row, a.row, 1};
+        const Rows2D<float> right{b.data + at, b.row}, to{c[i] + at, c.row};
+        if (tall) {
+          wide ? block<2, 2>(length, part, right, to, add)
+               : block<2, 1>(length, part, right, to, add);
+        } else {
+          wide ? block<1, 2>(length, part, right, to, add)
+               : block<1, 1>(length, part, right, to, add);
+        }
       }
     }
   }
@@ -68,7 +73,8 @@ struct Tile16 : Pair16 {
   // Up to 2 x 2 tiles of C, so that every tile of A and of B is used twice: C in tiles 0 to 3,
   // A in 4 and 5, B in 6 and 7.
   template <int kTall, int kWide>
-  static void block(int64_t length, Factor<float> a, Rows2D<float> b, Rows2D<float> c, bool add) {
+  __attribute__((always_inline)) static void block(int64_t length, Factor<float> a, Rows2D<float> b,
+                                                   Rows2D<float> c, bool add) {
     const auto each = [](auto work) {
       work(Number<0>(), Number<0>());
       if constexpr (kWide > 1) work(Number<0>(), Number<1>());
