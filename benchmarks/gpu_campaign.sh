@@ -75,11 +75,11 @@ part_compile() {
         bench 999 $provider run "${what[@]}" --modes forward --rounds 15 --dtypes bfloat16 \
             --providers "reference,auto,engine,$provider" || worst=1
     done
-    bench 999 products ceilings --compile --dtypes bfloat16 --rounds 31 || worst=1
     bench 999 patches run --ops patch_ --modes forward --rounds 15 --dtypes bfloat16 \
         --providers reference,compile,triton || worst=1
     [ -n "$small" ] || "$python" -m benchmarks.latency --device "$device" --csv "$out/latency.csv" --batches 1,64 \
         --seconds 2 --model impure_base_patch16_224 --providers "engine bf16,engine bf16 compiled" || worst=1
+    bench 999 products ceilings --compile --dtypes bfloat16 --rounds 31 || worst=1
     return $worst
 }
 check() { # check ARGUMENT...: pytest, each verdict at once, on several processes where it can

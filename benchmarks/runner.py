@@ -424,12 +424,11 @@ def ceiling_rows(
                 found |= compilers(linear)
             for provider, multiply in found.items():
                 row = {**base, "provider": provider, "op": "product", "shape": f"{m}x{k}x{n}"}
-                try:
-                    with torch.inference_mode():
-                        clock = _clock(functools.partial(multiply, x), device)
-                        taken = [clock.read(1) for _ in range(rounds)]
-                except Exception as failed:  # a GPU's library may lack one of them, or the machine a compiler
-                    yield row | {"why_not": str(failed).splitlines()[0]}
+                with _refused(row), torch.inference_mode():  # a library may lack one, or the machine a compiler
+                    clock = _clock(functools.partial(multiply, x), device)
+                    taken = [clock.read(1) for _ in range(rounds)]
+                if "why_not" in row:
+                    yield row
                     continue
                 row |= {"clock": clock.name} | board(device) | _figures(taken, None, (0.0, 0.0), (copy, product))
                 row["gflops"] = round(2e-9 * m * k * n / statistics.median(taken), 1)

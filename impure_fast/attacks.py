@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from .errors import InputError, needs_extra
 from .images import write_npz
-from .purify import PurifiedClassifier, expected_logits, to_bytes, to_float
+from .purify import PurifiedClassifier, expected_logits, to_bytes
 
 KEPT_EVERY = 60.0  # seconds
 
@@ -36,24 +37,26 @@ def attack(
     batch: int = 32,
     progress: Callable[[int, int], None] = lambda done, total: None,
     keep: Path | None = None,
+    notes: list[str] | None = None,
     **parameters: Any,
 ) -> Tensor:
     """Attack images and round the result to 8 bits as an image file would.
 
     model: [N, 3, H, W] in [0, 1] -> logits; images: [N, 3, H, W]; labels: [N] int64; eps in the images' units.
-    keep: a file (.npz) of this very call, which holds the batches that are done and the state of all draws: a call
-    that was killed goes on from there, to the same result, and so does one of more images that begin with these.
-    progress: called with what ``keep`` held, then after each batch.
+    keep: a file (.npz) of this very call, which once a minute takes the batches that are done, the states of torch's
+    generators and of purified classifiers, and ``notes``: a call that was killed goes on from there to the same
+    result, and so does one of more images that begin with these.  progress: called with what the file held, then after
+    each batch.
     Global generators and the modes (train, eval) of all modules are left as they were.
     Raises InputError for an unknown attack or parameter, MissingExtraError without the attack libraries.
     """
-    function = _named(name)
+    function, notes = _named(name), [] if notes is None else notes
     images = images.contiguous()  # pyautoattack takes views of gradients, which follow the image's strides
     modes = {module: module.training for module in model.modules()}
     try:
         with torch.random.fork_rng(), torch.enable_grad():  # of every GPU too: manual_seed reaches them all
             torch.manual_seed(seed)
-            done = [_kept(keep, model, images)] if keep and keep.exists() else [images[:0]]
+            done = [_kept(keep, model, images, batch, notes)] if keep and keep.exists() else [images[:0]]
             kept, written = len(done[0]), time.monotonic()
             progress(kept, len(images))
             for at in range(kept, len(images), batch):
@@ -62,7 +65,7 @@ def attack(
                 done.append(_rounded(attacked, x, eps))
                 progress(sum(map(len, done)), len(images))
                 if keep and len(x) == batch and time.monotonic() - written >= KEPT_EVERY:
-                    _keep(keep, model, torch.cat(done))
+                    _keep(keep, model, torch.cat(done), notes)
                     written = time.monotonic()
     except TypeError as error:
         if "keyword" not in str(error):  # of an unexpected or a missing one
@@ -74,26 +77,36 @@ def attack(
     return torch.cat(done)
 
 
-def _keep(path: Path, model: nn.Module, done: Tensor) -> None:
-    """Write what is done, whole batches, and where every generator stands."""
-    states = [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if done.is_cuda else [])]
-    used = [module.used for module in model.modules() if isinstance(module, PurifiedClassifier)]
-    arrays = {f"generator{i}": state.numpy() for i, state in enumerate(states)}
-    write_npz(path, {"images": to_bytes(done), "used": np.array(used, dtype=np.int64)} | arrays)
+def _keep(path: Path, model: nn.Module, done: Tensor, notes: list[str]) -> None:
+    arrays = {"images": to_bytes(done), "notes": np.array(notes, dtype=str), "cpu": torch.get_rng_state().numpy()}
+    if done.is_cuda:
+        arrays["cuda"] = torch.cuda.get_rng_state(done.device).numpy()
+    arrays["used"] = np.array([pipeline.used for pipeline in _pipelines(model)], dtype=np.int64)
+    write_npz(path, arrays)
 
 
-def _kept(path: Path, model: nn.Module, images: Tensor) -> Tensor:
-    """What a file of ``_keep`` has of these images; all draws stand where they stood."""
-    with np.load(path, allow_pickle=False) as file:
-        states = [torch.from_numpy(file[f"generator{i}"]) for i in range(len(file.files) - 2)]
-        done, used = to_float(file["images"]).to(images), file["used"].tolist()
-    torch.set_rng_state(states[0])
-    if images.is_cuda:
-        torch.cuda.set_rng_state_all(states[1:])
-    drawing = [module for module in model.modules() if isinstance(module, PurifiedClassifier)]
-    for module, count in zip(drawing, used, strict=True):
-        module.used = count
+def _kept(path: Path, model: nn.Module, images: Tensor, batch: int, notes: list[str]) -> Tensor:
+    """What a file of ``_keep`` has of these images; everything stands where it stood."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        # Divided where it was divided: a GPU's quotients differ in the last bit.
+        done = torch.from_numpy(arrays["images"]).permute(0, 3, 1, 2).to(images) / 255
+        if len(done) > len(images) and len(images) % batch:
+            return images[:0]  # the last batch would be another
+        torch.set_rng_state(torch.from_numpy(arrays["cpu"]))
+        if images.is_cuda:
+            torch.cuda.set_rng_state(torch.from_numpy(arrays["cuda"]), images.device)
+        for pipeline, used in zip(_pipelines(model), arrays["used"].tolist(), strict=True):
+            pipeline.used = used
+    except (ValueError, KeyError, OSError, RuntimeError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path} is no attack that can go on ({error}); delete it to begin anew.") from error
+    notes += arrays["notes"].tolist()
     return done[: len(images)]
+
+
+def _pipelines(model: nn.Module) -> list[PurifiedClassifier]:
+    return [module for module in model.modules() if isinstance(module, PurifiedClassifier)]
 
 
 def _rounded(z: Tensor, x: Tensor, eps: float) -> Tensor:

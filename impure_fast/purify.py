@@ -309,7 +309,7 @@ class PurifiedClassifier(nn.Module):
         self.mode, self.samples, self.clamp = mode, samples, clamp
         self.seed = 0 if mode == "deterministic" and seed is None else seed
         self.steps = {"image_step": image_step, "feature_step": feature_step}
-        self.used = 0  # streams; a run that goes on sets it
+        self.used = 0  # streams handed out; an attack that goes on sets it
         self.register_buffer("mean", torch.tensor(list(map(float, mean))).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(list(map(float, std))).view(3, 1, 1), persistent=False)
 

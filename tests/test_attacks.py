@@ -307,3 +307,9 @@ def test_a_killed_attack_goes_on_to_the_same_images(name, model, data, monkeypat
         some, done = attacked(images, keep=keep)
         assert done == counts
         torch.testing.assert_close(some[: images - images % 2], whole[: images - images % 2], rtol=0, atol=0)
+    some, done = attacked(3, keep=keep)  # of which the file has a larger last batch
+    assert done == [0, 2, 3]
+    torch.testing.assert_close(some, attacked(3)[0], rtol=0, atol=0)
+    keep.write_bytes(b"PK")
+    with pytest.raises(InputError, match="part.npz is no attack that can go on"):
+        attacked(keep=keep)

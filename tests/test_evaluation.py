@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from impure_fast import attacks
 from impure_fast.checkpoints import save_safetensors
 from impure_fast.classifiers import Normalised
 from impure_fast.errors import ConfigError, InputError, MissingFileError
@@ -300,22 +301,27 @@ def test_lpips_is_left_out_with_its_reason_where_its_weights_are_not(monkeypatch
 
 def test_a_killed_run_goes_on_to_the_same_report(data, weights, tmp_path, monkeypatch):
     monkeypatch.setattr(time, "perf_counter", lambda: 0.0)  # the only thing that two equal runs may differ in
-    cut = dict(images=4, sanity_images=2, steps=2, eot=2, draws=2, analysis=True)
+    monkeypatch.setattr(attacks, "KEPT_EVERY", 0.0)
+    cut = dict(images=4, sanity_images=2, steps=2, eot=2, draws=2, analysis=True, batch=1)
     chosen = settings(data, purifiers=(str(weights),), levels=("T0", "T3", "T4"), **cut)
     run.evaluate(chosen, tmp_path / "whole")
     made = []
 
-    def killed(*arguments, **options):
-        if len(made) == 4:
-            raise KeyboardInterrupt
+    def killed(*arguments, progress, **options):
+        def stopped(done, total):
+            if len(made) == 5 and done == 3:  # of which two are kept
+                raise KeyboardInterrupt
+            progress(done, total)
+
         made.append(arguments[0])
-        return real(*arguments, **options)
+        return real(*arguments, progress=stopped, **options)
 
     real = run.attack
     monkeypatch.setattr(run, "attack", killed)
     with pytest.raises(KeyboardInterrupt):
         run.evaluate(chosen, tmp_path / "killed")
-    assert len(made) == 4 and not (tmp_path / "killed" / "results.json").exists()
+    assert len(made) == 5 and not (tmp_path / "killed" / "results.json").exists()
+    assert len([*(tmp_path / "killed" / "attacks").glob("*.part.npz")]) == 1
     again = []
     monkeypatch.setattr(run, "attack", lambda *a, **o: (again.append(a[0]), real(*a, **o))[1])
     run.evaluate(chosen, tmp_path / "killed")
@@ -324,6 +330,7 @@ def test_a_killed_run_goes_on_to_the_same_report(data, weights, tmp_path, monkey
     again.clear()
     run.evaluate(chosen, tmp_path / "killed")
     assert again == []  # nothing is attacked twice
+    assert not [*tmp_path.rglob("*.part.npz")]
 
 
 def test_paper_suite_runs_the_nine_and_their_standard_twins_on_every_variant(data, weights, tmp_path):

@@ -1,6 +1,6 @@
 // The bf16 kernels with their products in AMX tiles; packing and softmax in AVX-512 BF16.
 //
-// Backward is that of the other vectors.  Forward has lanes over keys, so that queries, weights and
+// Backward is the general one.  Forward has lanes over keys, so that queries, weights and
 // sums lie as tiles take and give them.  The tiles' unit falls asleep when it rests, wakes slowly,
 // and while awake takes a port of the vectors' arithmetic: so a strip's values and the next one's
 // scores are multiplied in one go.
@@ -170,17 +170,12 @@ class Strips : Head<Tile16, Bfloat16> {
 
   void run(int64_t begin, int64_t end) {
     const int64_t in_task = (p_.queries + kStrip - 1) / kStrip, count = (end - begin) * in_task;
-    const int64_t rows = larger(p_.queries, p_.keys);
-    if (count) prefetch(begin, 0, rows);
     Strip last = {}, now = {};
     for (int64_t i = 0; i <= count; ++i, last = now) {
       now.queries = 0;
       if (i < count) {
         const int64_t task = begin + i / in_task, strip = i % in_task;
-        if (strip == 0) open(task);
-        if (task + 1 < end) {
-          prefetch(task + 1, rows * strip / in_task, rows * (strip + 1) / in_task);
-        }
+        if (strip == 0) touch(task, begin, end, false), open(task);
         now.task = task, now.first = strip * kStrip;
         now.queries = smaller(kStrip, p_.queries - now.first);
         pack(tokens(x_.q, p_.q, task / p_.heads, task % p_.heads), now.queries, q_, now.first);
@@ -189,20 +184,6 @@ class Strips : Head<Tile16, Bfloat16> {
       if (now.queries) score(now);
       if (last.queries) write(last);
       if (now.queries) weigh(now);
-    }
-  }
-
-  // Asks for a part of a task's rows, so that they are in the second cache in time.
-  void prefetch(int64_t task, int64_t begin, int64_t end) const {
-    const int64_t sequence = task / p_.heads, head = task % p_.heads;
-    const Tokens q = tokens(x_.q, p_.q, sequence, head), k = tokens(x_.k, p_.k, sequence, head);
-    const Tokens v = tokens(x_.v, p_.v, sequence, head);
-    const auto ask = [&](const Bfloat16* row) {
-      for (int64_t at = 0; at < p_.width; at += 32) __builtin_prefetch(row + at, 0, 2);
-    };
-    for (int64_t t = begin; t < end; ++t) {
-      if (t < p_.keys) ask(k[t]), ask(v[t]);
-      if (t < p_.queries) ask(q[t]);
     }
   }
 
@@ -270,9 +251,8 @@ class Strips : Head<Tile16, Bfloat16> {
       Vector peaks[kSide] = {}, sums[kSide] = {};
       for (int64_t row = 0; row < rows; ++row) {
         const float* const scores = scores_[first + row];
-        Vector most = inside(Tile::load(scores), p_.keys, scores[0]);
-        for (int64_t at = kSide; at < whole; at += kSide)
-          most = pick(most, Tile::load(scores + at));
+        Vector most = Vector{} + scores[0];
+        for (int64_t at = 0; at < whole; at += kSide) most = pick(most, Tile::load(scores + at));
         if (rest) most = pick(most, inside(Tile::load(scores + whole), rest, scores[0]));
         peaks[row] = most;
       }
@@ -316,7 +296,7 @@ class Strips : Head<Tile16, Bfloat16> {
 
   // The first lanes of x, the others ``rest``.
   static Vector inside(Vector x, int64_t lanes, float rest) {
-    const auto mask = static_cast<__mmask16>(_bzhi_u32(0xffff, larger(0, smaller(lanes, kSide))));
+    const auto mask = static_cast<__mmask16>(_bzhi_u32(0xffff, lanes));
     return (Vector)_mm512_mask_blend_ps(mask, _mm512_set1_ps(rest), (__m512)x);
   }
 

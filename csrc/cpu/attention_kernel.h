@@ -6,8 +6,9 @@
 //   weights  dP^T[key][queries] = V[key][d] * dO^T[d][queries]         max and sum are vertical;
 //   values   out[query][d]      = P^T[key][query] * V[key][d]          lanes over the width,
 //   gradients dV[key][d] = P^T[key][query] * dO[query][d], dK likewise, dQ as the values.
-// A word holds one element, or a pair of bf16 adjacent along the summed axis.  AMX has a product of
-// its own (attention_amx.cpp), and sums values transposed, V^T P, to take P as it lies.
+// A word holds one element, or a pair of bf16 adjacent along the summed axis.  AMX has a forward
+// pass and a product of its own (attention_amx.cpp), and sums dQ transposed, K^T dS, to take dS as
+// it lies.
 //
 // Queries are taken in strips whose scores against all keys stay in the cache, so the softmax is
 // exact at once and nothing is rescaled.  Rows are packed first: to the vector type's words, padded
@@ -372,6 +373,7 @@ class Head {
   }
 
   void forward(int64_t sequence, int64_t head) {
+    static_assert(!S::kTiled);
     const Tokens q = tokens(x_.q, p_.q, sequence, head);
     pack(tokens(x_.k, p_.k, sequence, head), p_.keys, k_);
     pack(tokens(x_.v, p_.v, sequence, head), p_.keys, v_);

@@ -42,7 +42,7 @@ struct Simd {
   static constexpr int kPair = 1;        // elements in a word, the unit of a factor
   static constexpr bool kTiled = false;  // true: has its own product, between Shapes' life
   struct Shapes {};
-  static constexpr bool kSplits = false;  // true: has fraction(x) = x - floor(x), p 2^floor(x)
+  static constexpr bool kSplits = false;  // true: has fraction, times_power(p, x) = p 2^floor(x)
 
   static Vector load(const void* from) {
     Vector x;
@@ -103,13 +103,13 @@ inline typename S::Vector exp2(typename S::Vector x, typename S::Real c) {
     return x;
   } else if constexpr (S::kSplits) {  // 2^0 is 1, as of the largest score
     const auto t = x * c, f = S::fraction(t), f2 = f * f;
-    auto p = (0.0134266844f * f2 + (0.0522424740f * f + 0.2412802049f)) * f2;
-    p += 0.6930448449f * f + 1;  // relative error 3e-6, for results that will be bf16
-    if constexpr (S::kPair == 1) {
-      p = ((0.0018671301f * f + 0.0090170303f) * f2 + (0.0557999131f * f + 0.2401644502f)) * f2;
-      p += 0.6931513118f * f + 1;  // 1e-7
+    if constexpr (S::kPair == 2) {  // relative error 3e-6, for results that will be bf16
+      const auto p = 0.0134266844f * f2 + (0.0522424740f * f + 0.2412802049f);
+      return S::times_power(p * f2 + (0.6930448449f * f + 1), t);
+    } else {  // 1e-7
+      const auto p = (0.0018671301f * f + 0.0090170303f) * f2 + (0.0557999131f * f + 0.2401644502f);
+      return S::times_power(p * f2 + (0.6931513118f * f + 1), t);
     }
-    return S::scale_by_power(p, t);
   } else {  // 2^n polynomial(f), x c = n + f; in short chains, whose length is what they cost
     const auto shifted = x * c + kShift, f = x * c - (shifted - kShift), f2 = f * f;
     auto p = (0.0013276472f * f + 0.0096755405f) * f2 + (0.0555071309f * f + 0.2402212024f);

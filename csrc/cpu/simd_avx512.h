@@ -14,7 +14,7 @@ struct Float8 : Simd<float, 8, 24> {
   static Vector fraction(Vector x) {
     return (Vector)_mm256_maskz_reduce_ps(0xff, (__m256)x, _MM_FROUND_TO_NEG_INF);
   }
-  static Vector scale_by_power(Vector p, Vector x) {
+  static Vector times_power(Vector p, Vector x) {
     return (Vector)_mm256_maskz_scalef_ps(0xff, (__m256)p, (__m256)x);
   }
 };
@@ -31,7 +31,7 @@ struct Float16 : Simd<float, 16, 24> {
   static Vector fraction(Vector x) {
     return (Vector)_mm512_maskz_reduce_ps(0xffff, (__m512)x, _MM_FROUND_TO_NEG_INF);
   }
-  static Vector scale_by_power(Vector p, Vector x) {
+  static Vector times_power(Vector p, Vector x) {
     return (Vector)_mm512_maskz_scalef_ps(0xffff, (__m512)p, (__m512)x);
   }
 };

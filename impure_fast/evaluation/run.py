@@ -167,16 +167,21 @@ class Evaluation:
             self.progress(title, done, total)
 
         options: dict[str, Any] = dict(eps=job.eps / 255, seed=self.seed("attack"), batch=s.batch, progress=progress)
-        own = None if job.shared else self.identity(defence)
-        parts = (self._made(replace(job, images=0)), self.ids, s.seed, s.batch, own)
-        options |= dict(job.parameters, keep=self.folder / "attacks" / f"{_key(*parts)}.part.npz")
+        options |= dict(job.parameters, keep=self._part(job, defence))
         with _warnings() as flags:
+            options["notes"] = flags
             if len(chosen):
                 model = self.attackable(job, defence)
                 result[chosen] = attack(job.attack, model, result[chosen], self.labels[:n][chosen], **options)
         fresh = len(chosen) - seen[0] if seen else 0
         seconds = round((time.perf_counter() - began) / fresh, 4) if fresh else None
         return result, {"seconds": seconds, "flags": flags}
+
+    def _part(self, job: Job, defence: Defence) -> Path:
+        """Of an attack that is not done, whatever its number of images."""
+        s, own = self.settings, None if job.shared else self.identity(defence)
+        parts = (self._made(replace(job, images=0)), self.ids, s.seed, s.batch, s.device, own)
+        return self.folder / "attacks" / f"{_key(*parts)}.part.npz"
 
     def count(self, job: Job) -> int:
         """Images of an attack."""
@@ -213,7 +218,10 @@ class Evaluation:
             return {"decisions": decisions.numpy(), "loss": loss.numpy(), "meta": meta}
 
         parts = (self._made(job), n, mode, draws, self.ids, s.seed, s.batch, self.identity(defence))
-        return self.cached("scores", parts, make)
+        found = self.cached("scores", parts, make)
+        if job is not None:
+            self._part(job, defence).unlink(missing_ok=True)
+        return found
 
     # --- rows ----------------------------------------------------------------------------------------------------
 

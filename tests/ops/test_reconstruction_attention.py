@@ -104,6 +104,26 @@ def test_strides_do_not_matter(backend):
     assert torch.equal(ops.reconstruction_attention(*one, backend=backend), wanted[:1].expand(3, -1, -1, -1))
 
 
+@backends_and_dtypes(NAME, ("fp32", "bf16"))
+def test_scores_that_are_no_numbers_stay_with_their_query(dtype, backend):
+    need(NAME, backend)
+    device = device_of(backend)
+    x = torch.randn(2, 33, 3, 2, 8, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    q, k, v = x[:, :, 0].clone(), x[:, :17, 1].clone(), x[:, :17, 2]
+    for scale in (0.4, -0.4):
+        out, lse = ops.reconstruction_attention(q, k, v, scale=scale, return_lse=True, backend=backend)
+        truth, own = ops.reconstruction_attention(
+            q.double(), k.double(), v.double(), scale=scale, return_lse=True, backend="reference"
+        )
+        assert float((out - truth).abs().max()) < (1e-5 if dtype == torch.float32 else 2e-2)
+        assert float((lse - own).abs().max()) < 1e-5
+    q[1, 20] = torch.nan
+    broken = ops.reconstruction_attention(q, k, v, scale=-0.4, backend=backend)
+    assert broken[1, 20].isnan().all()
+    broken[1, 20] = out[1, 20]
+    assert torch.equal(broken, out)
+
+
 @backends(NAME)
 def test_expanded_gradient(backend):
     need(NAME, backend)
