@@ -58,17 +58,22 @@ def other_toy():
     return Toy(seed=1)
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """Smooth pictures, named by the toy itself; two labels are wrong."""
-    coarse = random_images(16, 3, 6, 6, seed=1)
-    images = (nn.functional.interpolate(coarse, (SIDE, SIDE), mode="bicubic").clamp(0, 1) * 255).byte()
+def write_smooth(path, model, count, wrong=0):
+    """Smooth pictures of the model's side, named by itself; the first labels are wrong."""
+    coarse = random_images(count, 3, model.side // 4, model.side // 4, seed=1)
+    images = (nn.functional.interpolate(coarse, scale_factor=4, mode="bicubic").clamp(0, 1) * 255).byte()
     jpegs = [encode_jpeg(image.permute(1, 2, 0).numpy(), 95) for image in images]
     arrays = np.stack([np.asarray(Image.open(io.BytesIO(jpeg))) for jpeg in jpegs])
-    labels = toy()(to_float(arrays)).argmax(dim=1)
-    labels[:2] = (labels[:2] + 1) % CLASSES
-    path = tmp_path_factory.mktemp("data") / "toy.npz"
+    with torch.no_grad():
+        labels = model(to_float(arrays)).argmax(dim=1)
+    labels[:wrong] = (labels[:wrong] + 1) % CLASSES
     write_packed(path, jpegs, labels.tolist(), [str(i) for i in range(len(jpegs))])
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "toy.npz"
+    write_smooth(path, toy(), 16, wrong=2)
     return path
 
 
@@ -753,13 +758,7 @@ def untrained_resnet20():
 def test_a_quick_ladder_of_the_cifar_purifier_takes_six_minutes_at_most(tmp_path, capsys):
     from impure_fast import cli
 
-    coarse = random_images(64, 3, 8, 8, seed=1)
-    images = (nn.functional.interpolate(coarse, (32, 32), mode="bicubic").clamp(0, 1) * 255).byte()
-    jpegs = [encode_jpeg(image.permute(1, 2, 0).numpy(), 95) for image in images]
-    arrays = np.stack([np.asarray(Image.open(io.BytesIO(jpeg))) for jpeg in jpegs])
-    with torch.no_grad():
-        labels = untrained_resnet20()(to_float(arrays)).argmax(dim=1)
-    write_packed(tmp_path / "smooth.npz", jpegs, labels.tolist(), [str(i) for i in range(len(jpegs))])
+    write_smooth(tmp_path / "smooth.npz", untrained_resnet20(), 64)
     arguments = ["evaluate", "--data", tmp_path / "smooth.npz", "--output", tmp_path / "out", "--suite", "ladder"]
     arguments += ["--classifier", f"{__name__}:untrained_resnet20", "--purifier", "impure_tiny_cifar10", "--quick"]
     began = time.monotonic()

@@ -70,6 +70,7 @@ struct Tile16 : Pair16 {
     }
   }
 
+ private:
   // Up to 2 x 2 tiles of C, so that every tile of A and of B is used twice: C in tiles 0 to 3,
   // A in 4 and 5, B in 6 and 7.
   template <int kTall, int kWide>
@@ -130,7 +131,7 @@ struct Tile16 : Pair16 {
   }
 };
 
-// Forward, by strips of 32 queries: two tiles that share each tile of keys or values.
+// Forward, by strips of 32 queries: as many as the product takes at once.
 class Strips : Head<Tile16, Bfloat16> {
  public:
   static void forward(const AttentionProblem& p, const AttentionArrays& x, int64_t begin,
@@ -180,8 +181,14 @@ class Strips : Head<Tile16, Bfloat16> {
         now.queries = smaller(kStrip, p_.queries - now.first);
         pack(tokens(x_.q, p_.q, task / p_.heads, task % p_.heads), now.queries, q_, now.first);
       }
-      if (last.queries) sum_values(last);
-      if (now.queries) score(now);
+      if (last.queries) {
+        Tile::multiply(last.queries, sums_.row, round_up(p_.keys, kUnit) / 2,
+                       {scores_.data, scores_.row, 1}, values_[last.task % 2], sums_, false);
+      }
+      if (now.queries) {
+        Tile::multiply(now.queries, p_.keys, words_, {q_.data, q_.row, 1}, k_lanes_, scores_,
+                       false);
+      }
       if (last.queries) write(last);
       if (now.queries) weigh(now);
     }
@@ -193,52 +200,6 @@ class Strips : Head<Tile16, Bfloat16> {
     pack_lanes<Tile>(tokens(x_.k, p_.k, sequence, head), 0, p_.keys, k_lanes_);
     pack(tokens(x_.v, p_.v, sequence, head), p_.keys, v_);
     pair_rows(v_, p_.keys, values_[task % 2]);
-  }
-
-  // Queries times keys: for each 16 keys along the width.
-  void score(const Strip& strip) const {
-    const bool two = strip.queries > kSide;
-    for (int64_t key = 0; key < p_.keys; key += kSide) {
-      Tile::zero_tile<0>();
-      if (two) Tile::zero_tile<1>();
-      for (int64_t w = 0; w < words_; w += kSide) {
-        Tile::load_tile<4>(q_.data + w, q_.row);
-        Tile::load_tile<6>(k_lanes_[w] + key, k_lanes_.row);
-        Tile::add_product<0, 4, 6>();
-        if (two) {
-          Tile::load_tile<5>(q_[kSide] + w, q_.row);
-          Tile::add_product<1, 5, 6>();
-        }
-      }
-      Tile::store_tile<0>(scores_.data + key, scores_.row);
-      if (two) Tile::store_tile<1>(scores_[kSide] + key, scores_.row);
-    }
-  }
-
-  // Weights times values, for each 32 of the width along the keys.
-  void sum_values(const Strip& strip) const {
-    const bool two = strip.queries > kSide;
-    const Matrix values = values_[strip.task % 2];
-    for (int64_t at = 0; at < values.row; at += kUnit) {
-      Tile::zero_tile<0>(), Tile::zero_tile<1>();
-      if (two) Tile::zero_tile<2>(), Tile::zero_tile<3>();
-      for (int64_t along = 0; 2 * along < p_.keys; along += kSide) {
-        Tile::load_tile<4>(scores_.data + along, scores_.row);
-        Tile::load_tile<6>(values[along] + at, values.row);
-        Tile::load_tile<7>(values[along] + at + kSide, values.row);
-        Tile::add_product<0, 4, 6>(), Tile::add_product<1, 4, 7>();
-        if (two) {
-          Tile::load_tile<5>(scores_[kSide] + along, scores_.row);
-          Tile::add_product<2, 5, 6>(), Tile::add_product<3, 5, 7>();
-        }
-      }
-      Tile::store_tile<0>(sums_.data + at, sums_.row);
-      Tile::store_tile<1>(sums_.data + at + kSide, sums_.row);
-      if (two) {
-        Tile::store_tile<2>(sums_[kSide] + at, sums_.row);
-        Tile::store_tile<3>(sums_[kSide] + at + kSide, sums_.row);
-      }
-    }
   }
 
   // Scores -> unnormalised weights in their place, as words of keys; norm and log-sum-exp.
